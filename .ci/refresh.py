@@ -1,0 +1,44 @@
+"""Re-run notebooks in place and store their outputs: python .ci/refresh.py nbs/20_masks.ipynb ...
+
+Cells marked `#| eval: false`, and cells marked `#| slow` or `#| cuda`, are left as they are, outputs included
+(`--force slow` runs those too). Figures are stored as PNG at 80 dpi, then the notebook is cleaned."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+from nbdev.clean import clean_nb, process_write
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+
+def refresh(path, force=()):
+    "Execute the notebook at `path` in its own folder and write the outputs back"
+    path = Path(path).absolute()
+    flags = set(get_config().tst_flags.split()) - set(force)
+
+    def skip(cell):
+        if cell.cell_type != "code": return True
+        directives = extract_directives(cell, remove=False)
+        return directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys())
+
+    nb = read_nb(path)
+    sys.path.insert(0, str(get_config().config_path))
+    with working_directory(path.parent):
+        shell = CaptureShell(path, mpl_format="png")
+        shell.run_cell("import matplotlib as _m; _m.rcParams.update({'figure.dpi': 80, 'savefig.bbox': 'tight'}); del _m")
+        shell.run_all(nb, exc_stop=True, preproc=skip)
+    write_nb(nb, path)
+    process_write(warn_msg=f"could not clean {path}", proc_nb=lambda nb: clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=True), f_in=path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+")
+    parser.add_argument("--force", nargs="*", default=[], choices=["slow", "cuda"])
+    args = parser.parse_args()
+    os.environ["IN_TEST"] = "1"
+    for notebook in args.notebooks: refresh(notebook, args.force)

@@ -1,0 +1,1 @@
+"Parameterised experiment notebooks, run by `rg-tickets run` or by papermill."

@@ -55,9 +55,9 @@ def save_tensors(
 ):
     "Write tensors and header to one safetensors file, whole or not at all"
     tensors, text = _plain(tensors), json.dumps(header)
-    meta = dict(kind=f"rg_tickets.{kind}", json=text, sha256=digest(tensors, kind + text))
+    note = json.dumps(dict(kind=kind, sha256=digest(tensors, kind + text), header=text))  # one entry: safetensors keeps no order
     with replacing(path) as tmp:
-        try: save_file(tensors, tmp, meta)
+        try: save_file(tensors, tmp, {"rg_tickets": note})
         except SafetensorError as e: raise OSError(errno.EIO, str(e)) from e
 
 # %% ../nbs/21_tickets.ipynb #5a9edc48
@@ -80,13 +80,13 @@ def load_tensors(
         with safe_open(path, "pt") as f:
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, UnicodeDecodeError, ValueError, RuntimeError, OverflowError) as e: raise _not_safetensors(path, e) from e
-    found = meta.get("kind", "")
-    if not found.startswith("rg_tickets."):
+    if "rg_tickets" not in meta:
         raise TicketError(f"{path} is a safetensors file, but not one of ours: it holds {', '.join(list(tensors)[:3])}... and no rg_tickets header")
-    if found != f"rg_tickets.{kind}": raise TicketError(f"{path} is a {found.removeprefix('rg_tickets.')} file, not a {kind} file")
-    if digest(tensors, kind + meta.get("json", "")) != meta.get("sha256"):
-        raise TicketError(f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run")
-    return tensors, json.loads(meta["json"])
+    try: note = json.loads(meta["rg_tickets"]); whole = digest(tensors, note["kind"] + note["header"]) == note["sha256"]
+    except (ValueError, KeyError, TypeError): whole = False
+    if not whole: raise TicketError(f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run")
+    if note["kind"] != kind: raise TicketError(f"{path} is a {note['kind']} file, not a {kind} file")
+    return tensors, json.loads(note["header"])
 
 # %% ../nbs/21_tickets.ipynb #b735bccc
 @dataclass

@@ -120,4 +120,5 @@ def resnet(
     "A residual network with freshly drawn weights; unknown names and options a network lacks are ValueErrors"
     build = lookup(name, MODELS, "model")
     with seeded(seed, "build"): model = build(classes=classes, in_channels=in_channels, width=width, stem=stem)
+    model.name = name  # goes into tickets and tables
     return initialise(model, init, seed)

@@ -94,7 +94,8 @@ def _optional(module, name):
     "An optional package, or an ImportError that says how to get it"
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"task {name!r} is made of data that ships with {module.split('.')[0]}, which is not installed: pip install 'rg_tickets[embedded]'") from e
+        package = module.split(".")[0]
+        raise ImportError(f"task {name!r} is made of data that ships with {package}, which is not installed: pip install 'rg_tickets[embedded]'") from e
 
 # %% ../../nbs/13a_embedded.ipynb #e7784dee
 def mnist5k(
@@ -119,7 +120,7 @@ HELD_OUT = ("DejaVuSerif-Italic", "STIXGeneralBol", "DejaVuSansMono-Oblique", "c
 def _stamps(characters, font):
     "Each character drawn white on black, upright and centred, as a 64x64 picture"
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    if not path.exists(): raise FileNotFoundError(f"this matplotlib ships without its font {font}; reinstall it with pip: pip install --force-reinstall matplotlib")
+    if not path.exists(): raise FileNotFoundError(f"this matplotlib ships without its font {font}: pip install --force-reinstall matplotlib")
     face, stamps = ImageFont.truetype(str(path), 40), []
     for c in characters:
         left, top, right, bottom = face.getbbox(c)
@@ -148,7 +149,7 @@ def _distorted(stamps, size, rng):
         x[i, 0] = o.resize((size, size), Image.Resampling.BOX)
     contrast = rng.uniform(.4, 1, (n, 1, 1, 1))
     ground = rng.uniform(0, 1, (n, 1, 1, 1)) * (1 - contrast)
-    x = 255 * ground + contrast * (x + 255 * .15 * rng.standard_normal(x.shape))
+    x = 255 * ground + contrast * (x + 255 * .1 * rng.standard_normal(x.shape))
     return np.rint(x.clip(0, 255)).astype(np.uint8)
 
 # %% ../../nbs/13a_embedded.ipynb #9115350e
@@ -204,7 +205,7 @@ def font_cyrillic(
     return _written("БГДЖЗИЛФЦЧ", FONTS, "font_cyrillic", size, seed)
 
 # %% ../../nbs/13a_embedded.ipynb #c51defa4
-PHOTOGRAPHS = tuple("brick grass gravel coins coffee camera moon chelsea immunohistochemistry astronaut".split())  # functions of skimage.data
+PHOTOGRAPHS = tuple("brick grass gravel coins coffee chelsea moon hubble_deep_field immunohistochemistry text".split())  # functions of skimage.data
 
 # %% ../../nbs/13a_embedded.ipynb #30ae9032
 def _photograph(name):

@@ -101,8 +101,10 @@ def _from_folder(name, source, root, download):
     ask = f"image_task({name!r}, root={str(root)!r}, download=True)"
     absent = [f for f in source.files if not (root / f).exists()]
     if absent and not download:
-        raise FileNotFoundError(f"task {name!r} is not in {root}: no {', '.join(absent)} there. Set `root` to the folder that holds these, "
-                                f"or ask for the download: {ask} (an archive that already lies there is unpacked, not downloaded again)")
+        raise FileNotFoundError(
+            f"task {name!r} was not found: {(root / absent[0]).parent} lacks {', '.join(Path(f).name for f in absent)}. "
+            f"Set `root` (now {str(root)!r}) to where {source.files[0]} is, or ask for the download: {ask} "
+            "(an archive that already lies there is unpacked, not downloaded again)")
     try:
         ((x, y), (x_test, y_test)), labels = source.read(root=root, download=download)
         return Pictures(x, np.asarray(y, np.int64), x_test, np.asarray(y_test, np.int64), tuple(labels), "the data set's own training and test parts")
@@ -168,7 +170,7 @@ def _plain(name, n_train, n_test, size, augment, seed, root, download):
     source = lookup(name, TASKS, "task")
     label, function = _augmentation(source.augment if augment is None else augment)
     size = source.size if size is None else size
-    if not (isinstance(size, Integral) and 4 <= size <= 512): raise ValueError(f"size={size!r}: give a whole number of pixels from 4 to 512 (embedded sets: to 64)")
+    if not (isinstance(size, Integral) and 4 <= size <= 512): raise ValueError(f"size={size!r}: give whole pixels from 4 to 512 (embedded sets: to 64)")
     p = embedded(name, size, seed) if source.kind == "embedded" else _from_folder(name, source, root, download)
     (x, y), (x_test, y_test) = _subset(p.x, p.y, n_train, seed, name, "train"), _subset(p.x_test, p.y_test, n_test, seed, name, "test")
     x, x_test = resized(x, size), resized(x_test, size)
@@ -188,7 +190,8 @@ def _augment_then_permute(augment, order, x, draws):
 
 def _control(task, name, seed, **tensors):
     "A copy of `task` that shares no memory with it, with some tensors replaced"
-    if not isinstance(task.data, Resident): raise ValueError(f"{name} needs a task whose data are tensors (Resident); {task.name!r} is served by {type(task.data).__name__}")
+    if not isinstance(task.data, Resident):
+        raise ValueError(f"{name} needs a task whose data are tensors (Resident); {task.name!r} is served by {type(task.data).__name__}")
     own = {k: getattr(task.data, k).clone() for k in ("x", "y", "x_test", "y_test") if k not in tensors}
     data, about = replace(task.data, **own, **tensors), copy.deepcopy(task.about)
     about |= dict(controls=about.get("controls", []) + [f"{name}, seed {seed}"], fingerprint=fingerprint(data))

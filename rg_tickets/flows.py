@@ -257,7 +257,7 @@ def plot_exponents(
 ) -> plt.Axes:
     "Exponents by depth with their intervals, coloured by class"
     ax = _bare(ax or plt.subplots(figsize=(5, 3.2))[1])
-    value = "dsigma" if "dsigma" in table else "sigma"
+    value = "sigma" if "sigma" in table else "dsigma"
     x = {g: i for i, g in enumerate(table.group)}
     for kind, part in table.groupby("kind"):
         ax.errorbar(part.group.map(x), part[value], [part[value] - part.low, part.high - part[value]], fmt="o", color=PALETTE[kind], label=kind, capsize=3, ms=5)

@@ -206,7 +206,7 @@ class Watch:
         except (OSError, ValueError): return
         seen = [(run, *_progress(self.folder, run)) for run in plan]
         total, done = sum(r["rounds"] + 1 for r in plan), sum(x for _, x, _ in seen)
-        if self.all is None: self.all = tqdm(total=total, initial=done, desc="all runs", bar_format="{desc:34.34s} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} rounds [{elapsed}<{remaining}]", **self.kwargs)
+        if self.all is None: self.all = tqdm(total=total, initial=done, desc="all runs", bar_format="{desc} {n:.0f}/{total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]", **self.kwargs)
         self.all.n = done; self.all.refresh()
         for run, x, p in seen: self.one(run, x, p)
 
@@ -216,10 +216,10 @@ class Watch:
         if not p or p.get("done") or x > run["rounds"]:
             if bar is not None: bar.close(); del self.bars[run["id"]]
             return
-        if bar is None: bar = self.bars[run["id"]] = tqdm(total=run["rounds"] + 1, initial=x, desc=run["label"], leave=False, bar_format="{desc:34.34s} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]", **self.kwargs)
+        if bar is None: bar = self.bars[run["id"]] = tqdm(total=run["rounds"] + 1, initial=x, leave=False, bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]", **self.kwargs)
         began, part = self.starts.setdefault(key, time.monotonic()), x - int(x)
-        left = f"{(time.monotonic() - began) * (1 - part) / part:.0f} s left in it" if part else "..."
-        bar.n = x; bar.set_postfix_str(f"round {int(x)}/{run['rounds']}, {left}")
+        left = f", {(time.monotonic() - began) * (1 - part) / part:.0f} s left in it" if part else ""
+        bar.n = x; bar.set_description_str(f"{run['label']}: round {int(x)}/{run['rounds']}{left}")
 
     def close(self):
         "Close all bars"
@@ -233,7 +233,8 @@ def watching(
 ):
     "Show progress bars while the block runs, unless RG_TICKETS_PROGRESS=off"
     if os.environ.get("RG_TICKETS_PROGRESS") == "off": yield; return
-    watch, over = Watch(folder, mininterval=.1 if sys.stderr.isatty() else 10), threading.Event()
+    watch, over = Watch(folder), threading.Event()
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules): every = max(every, 20)  # a log file wants no animation
     def loop():
         while not over.wait(every): watch.look()
     thread = threading.Thread(target=loop, daemon=True); thread.start()

@@ -43,6 +43,11 @@ class Flow:
         "Flows from CSV files, put together"
         return cls(pd.concat([pd.read_csv(p, keep_default_na=False, na_values=["nan", ""], dtype={k: str for k in LABELS}) for p in paths], ignore_index=True))
 
+    @classmethod
+    def join(cls, *flows):
+        "Several flows as one"
+        return cls(pd.concat([f.frame for f in flows], ignore_index=True))
+
     def where(self, **labels):
         "The part of the flow with these labels; a value or a list of values each"
         keep = np.logical_and.reduce([self.frame[k].isin(v if isinstance(v, (list, tuple)) else [v]) for k, v in labels.items()])

@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 from .basics import lookup, replacing
 from .flows import Flow
-from .imp import imp
+from .imp import CONTROLS, imp, policy
 from .masks import Schedule
-from .models.resnets import resnet
-from .tasks.images import image_task
+from .models.resnets import MODELS, resnet
+from .tasks.images import TASKS, image_task
 from .tickets import Ticket
 from .train import Recipe, device as find_device
 
@@ -35,6 +35,7 @@ class Spec:
     rounds: int = 12  # prunings
     prune: float = .2  # share of the surviving (arithmetic: of all) weights removed per round
     schedule: str = "geometric"  # or "arithmetic"
+    scope: str = "global"  # or "layer"
     rewind: str = "init"  # rewind policy
     preset: str = "backbone"  # which tensors are pruned
     width: int | None = None  # channels of a CIFAR ResNet's first stage, the model's own default if None
@@ -46,8 +47,9 @@ class Spec:
 
     @property
     def id(self) -> str:
-        "Folder name: readable front, and a hash of all the facts"
-        code = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        "Folder name: readable front, and a hash of the facts that are not defaults (so that a new fact does not rename old runs)"
+        facts = {k: v for k, v in asdict(self).items() if v != getattr(Spec(), k)}
+        code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task.replace('/', '_')}-{self.control}-seed{self.seed}-{code}"
 
     def __str__(self): return f"{self.task} {self.control} seed {self.seed}"
@@ -100,8 +102,8 @@ def execute(
     _write_json(home / "config.json", asdict(spec)); rounds = []
     with _one_thread(where):
         task, network = build(spec, root)
-        for r in imp(task, network, spec.rounds, Schedule(spec.prune, spec.schedule), spec.rewind, Recipe(**spec.recipe), spec.seed, spec.control, spec.preset,
-                     ticket=Ticket.load(ticket) if ticket else None, device=str(where), folder=home, report=say):
+        for r in imp(task, network, spec.rounds, Schedule(spec.prune, spec.schedule), spec.rewind, Recipe(**spec.recipe), spec.seed, spec.control, spec.preset, spec.scope,
+                     Ticket.load(ticket) if ticket else None, device=str(where), folder=home, report=say):
             rounds.append(r); _tables(home, spec, rounds); say(r.n + 1, 0, 1)
     say(spec.rounds + 1, 0, 1, done=True)
     return home
@@ -165,6 +167,11 @@ def _attempts(specs, folder, jobs, kwargs):
             try: yield tasks[f], f.result()
             except futures.BrokenExecutor: yield tasks[f], "its worker was killed (out of memory?); start again, finished rounds are kept"
 
+def _plausible(spec):
+    "Refuse a spec of which no run can be made, before any process is started for it"
+    for name, table, kind in ((spec.task.split("/")[0], TASKS, "task"), (spec.model, MODELS, "model"), (spec.control, CONTROLS, "control")): lookup(name, table, kind)
+    policy(spec.rewind); Schedule(spec.prune, spec.schedule); Recipe(**spec.recipe)
+
 def trajectories(
     specs: list,  # of Spec
     folder,  # the study's folder
@@ -172,6 +179,7 @@ def trajectories(
     **kwargs,  # device, root, ticket: see `execute`
 ) -> Flow:  # of all runs
     "Run all specs, side by side, and give their flows; what is done already is not done again"
+    for s in specs: _plausible(s)
     folder = writable(folder)
     _write_json(folder / "plan.json", [dict(id=s.id, label=str(s), rounds=s.rounds) for s in specs])
     with watching(folder): ended = list(_attempts(specs, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs))
@@ -320,7 +328,7 @@ def run(
     out = folder / "notebook.ipynb"
     with as_file(files("rg_tickets.experiments") / f"{name}.ipynb") as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
         try: papermill.execute_notebook(str(source), str(out), given, kernel_name="python3", progress_bar=False)
-        except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue}\nThe notebook with its traceback is {out}") from None
+        except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})") from None
     return out
 
 @contextlib.contextmanager

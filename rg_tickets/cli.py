@@ -18,14 +18,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.command("list")
 def list_(experiment: Optional[str] = typer.Argument(None, help="an experiment, to see what it can be told")):
     "What there is: experiments, tasks, models; or the parameters of one experiment."
-    from rg_tickets import runs
+    from rg_tickets import notebooks
     if experiment:
-        for k, (kind, default, meaning) in runs.parameters(experiment).items(): typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
+        for k, (kind, default, meaning) in notebooks.parameters(experiment).items(): typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
         return
     from rg_tickets.imp import CONTROLS
     from rg_tickets.models.resnets import MODELS
     from rg_tickets.tasks.images import TASKS
-    for kind, names in dict(experiments=runs.experiments(), tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
+    for kind, names in dict(experiments=notebooks.experiments(), tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
 
 # %% ../nbs/41_cli.ipynb #02c2b92d
 def _done(folder, began):
@@ -44,10 +44,10 @@ def run(
     folder: Path = typer.Option(None, "--folder", "-f", help="where everything goes; runs/<experiment> by default"),
 ):
     "Execute an experiment notebook; what its folder already holds is not run again."
-    from rg_tickets import runs
-    began, given = time.monotonic(), runs.parsed(experiment, parameters or [])
+    from rg_tickets import notebooks
+    began, given = time.monotonic(), notebooks.parsed(experiment, parameters or [])
     folder = folder or Path(given.get("folder") or Path("runs") / experiment)
-    runs.run(experiment, folder, given)
+    notebooks.run(experiment, folder, given)
     _done(folder, began)
 
 # %% ../nbs/41_cli.ipynb #e424864b
@@ -57,10 +57,10 @@ def demo(
     jobs: int = typer.Option(0, "--jobs", "-j", help="worker processes; 0: one per core"),
 ):
     "Minutes, no network: two related tasks with three seeds, and their untrained and random-mask nulls."
-    from rg_tickets import runs
+    from rg_tickets import notebooks
     began = time.monotonic()
     typer.echo(f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was.")
-    runs.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
+    notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
     _done(folder, began)
 
 # %% ../nbs/41_cli.ipynb #ae2a2875

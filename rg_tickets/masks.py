@@ -9,7 +9,7 @@ __all__ = ['ALIVE', 'Schedule', 'smallest', 'check_finite', 'MaskHistory', 'prun
 import math
 from dataclasses import dataclass, field
 import torch
-from .basics import generator, lookup
+from .basics import generator, lookup, patch_to
 
 # %% ../nbs/20_masks.ipynb #b000dfa9
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def check_finite(
 # %% ../nbs/20_masks.ipynb #b3b39d56
 ALIVE = 255  # the value of a weight that has not died; rounds go up to 254
 
-@dataclass
+@dataclass(repr=False)
 class MaskHistory:
     "Every mask of a pruning run: for each weight the round in which it died"
     died: dict  # name -> uint8 tensor of the weight's shape
@@ -123,19 +123,24 @@ class MaskHistory:
         "N, the number of weights that could be pruned"
         return sum(d.numel() for d in self.died.values())
 
-    def density(self, n: int | None = None) -> float:
-        "alive(n) / N"
-        return sum(self.alive(n).values()) / self.total
+# %% ../nbs/20_masks.ipynb #58099922
+@patch_to(MaskHistory)
+def density(self, n: int | None = None) -> float:
+    "alive(n) / N, after `n` prunings, by default all so far"
+    return sum(self.alive(n).values()) / self.total
 
-    def time(self, n: int | None = None) -> float:
-        "RG time ln N / alive(n), from the weights really alive"
-        return math.log(1 / self.density(n))
+@patch_to(MaskHistory)
+def time(self, n: int | None = None) -> float:
+    "RG time ln N / alive(n), from the weights really alive"
+    return math.log(1 / self.density(n))
 
-    def to(self, device):
-        "The same history with its tensors on `device`"
-        return MaskHistory({k: d.to(device) for k, d in self.died.items()}, self.rounds)
+@patch_to(MaskHistory)
+def to(self, device):
+    "The same history with its tensors on `device`"
+    return MaskHistory({k: d.to(device) for k, d in self.died.items()}, self.rounds)
 
-    def __repr__(self): return f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, density {self.density():.4f})"
+@patch_to(MaskHistory)
+def __repr__(self): return f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, density {self.density():.4f})"
 
 # %% ../nbs/20_masks.ipynb #84929242
 def prune(

@@ -1,0 +1,221 @@
+"What must hold for any input: selection, histories, schedules, tickets, random streams"
+import io, os, pickle, random, tempfile
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from rg_tickets.basics import generator, seeded, stream
+from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled, smallest
+from rg_tickets.tickets import Ticket, TicketError, digest, load_tensors
+
+bounded = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def weights(draw, dtypes=st.sampled_from(FLOATS)):
+    "A few tensors of any shape, with ties: values from a small set, signs, zeros"
+    g, dtype = torch.Generator().manual_seed(draw(seeds)), draw(dtypes)
+    levels = draw(st.sampled_from([2, 5, 50, None]))
+    make = lambda shape: torch.randn(shape, generator=g, dtype=torch.float64) if levels is None else (torch.randint(-levels, levels + 1, shape, generator=g) / 7).double()
+    return {f"w{i}": make(s).to(dtype) for i, s in enumerate(draw(st.lists(shapes, min_size=1, max_size=4)))}
+
+
+def in_order(scores, alive):
+    "The slow way: every survivor by (magnitude, tensor, index)"
+    rows = [(abs(x), i, j, k) for i, (k, s) in enumerate(scores.items()) for j, (x, live) in enumerate(zip(s.double().flatten().tolist(), alive[k].flatten().tolist())) if live]
+    return sorted(rows)
+
+
+@bounded
+@given(weights(), seeds, st.floats(0, 1))
+def test_smallest_is_the_start_of_the_total_order(scores, seed, share):
+    g = torch.Generator().manual_seed(seed)
+    alive = {k: torch.rand(s.shape, generator=g) < .7 for k, s in scores.items()}
+    order = in_order(scores, alive); n = round(share * len(order))
+    picked, at = smallest(scores, alive, n)
+    want = {(k, j) for _, _, j, k in order[:n]}
+    assert {(k, int(j)) for k, m in picked.items() for j in m.flatten().nonzero().flatten()} == want
+    assert at == (order[n - 1][0] if n else 0.)
+
+
+@bounded
+@given(weights(), seeds)
+def test_order_of_memory_decides_nothing(scores, seed):
+    "A tensor that is a view with other strides is the same tensor"
+    turned = {k: s.T.contiguous().T if s.dim() == 2 else s for k, s in scores.items()}
+    alive = {k: torch.ones_like(s, dtype=torch.bool) for k, s in scores.items()}
+    n = sum(s.numel() for s in scores.values()) // 2
+    a, b = smallest(scores, alive, n)[0], smallest(turned, {k: m.T.contiguous().T if m.dim() == 2 else m for k, m in alive.items()}, n)[0]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@bounded
+@given(weights(), st.lists(st.floats(.05, .6), min_size=1, max_size=6), st.booleans(), seeds)
+def test_histories_are_nested_and_count_exactly(scores, rates, anew, seed):
+    history = MaskHistory.dense(scores); counts, now, thresholds = [history.total], scores, []
+    for r, rate in enumerate(rates, 1):
+        n = Schedule(rate).remove(counts[-1], history.total)
+        if n >= counts[-1]: continue
+        if anew: now = random_scores(scores, seed, r)
+        thresholds.append(prune(history, now, n)); counts.append(counts[-1] - n)
+    assert [sum(history.alive(n).values()) for n in range(history.rounds + 1)] == counts
+    assert history.density() == counts[-1] / counts[0]
+    for n in range(history.rounds):
+        a, b = history.mask(n), history.mask(n + 1)
+        assert all((b[k] <= a[k]).all() for k in a)
+    if not anew: assert all(x <= y for x, y in zip(thresholds[:-1], thresholds[1:]) if y)  # the same scores: thresholds only rise
+    mixed = shuffled(history, seed)
+    assert all(mixed.alive(n) == history.alive(n) for n in range(history.rounds + 1))
+
+
+@bounded
+@given(weights(st.just(torch.float32)), seeds)
+def test_refused_pruning_changes_nothing(scores, seed):
+    history = MaskHistory.dense(scores); total = history.total
+    for n in (total, total + 3, -1):
+        with pytest.raises(ValueError, match="at least one must stay"): prune(history, scores, n)
+    first = next(iter(scores))
+    bad = scores | {first: torch.full_like(scores[first], random.Random(seed).choice([float("nan"), float("inf")]))}
+    if total > 1:
+        with pytest.raises(ValueError, match=f"'{first}' are NaN or infinite"): prune(history, bad, 1)
+    assert history.rounds == 0 and all((d == ALIVE).all() for d in history.died.values())
+
+
+@bounded
+@given(st.floats(.01, .99), st.integers(1, 10**9))
+def test_schedules(rate, total):
+    geometric, arithmetic = Schedule(rate), Schedule(rate, "arithmetic")
+    assert geometric.remove(total, total) == arithmetic.remove(total, total) == round(rate * total)
+    assert 0 <= geometric.remove(total // 2, total) <= total // 2 and abs(geometric.remove(total // 2, total) - rate * (total // 2)) <= .5
+    assert arithmetic.remove(total // 2, total) == arithmetic.remove(total, total)
+
+
+@pytest.mark.parametrize("rate", [0, 1, 1.5, -.1, float("nan"), float("inf"), True, "0.2", None])
+def test_impossible_rates(rate):
+    with pytest.raises(ValueError, match="not in"): Schedule(rate)
+
+
+@bounded
+@given(weights(), st.integers(0, 40), st.integers(0, 40))
+def test_two_prunings_of_unchanged_weights_are_one(scores, a, b):
+    "The semigroup: removing a and then b is removing a + b, if nothing is refined between"
+    total = sum(s.numel() for s in scores.values()); assume(a + b < total)
+    twice, once = MaskHistory.dense(scores), MaskHistory.dense(scores)
+    prune(twice, scores, a); prune(twice, scores, b); prune(once, scores, a + b)
+    x, y = twice.mask(), once.mask()
+    assert all(torch.equal(x[k], y[k]) for k in x)
+    assert twice.time() == once.time()
+
+
+@bounded
+@given(st.dictionaries(st.text(min_size=1, max_size=12), st.tuples(st.sampled_from([*FLOATS, torch.int64, torch.int8, torch.bool, torch.uint8]), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=4),
+       st.dictionaries(st.text(max_size=5), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5))), seeds)
+def test_tickets_come_back_as_they_were(named, about, seed):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {k: (torch.randn(s, generator=g) * 3).to(dtype) for k, (dtype, s) in named.items()}
+    died = {k: torch.randint(1, 256, t.shape, generator=g).to(torch.uint8) for k, t in tensors.items()}
+    t = Ticket(tensors, MaskHistory(died, 200), [dict(n=0, metrics={"loss": .1})], about)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ticket.safetensors"; t.save(path); back = Ticket.load(path); first = path.read_bytes()
+        back.save(path); assert path.read_bytes() == first  # and what was read is written as the same bytes
+    assert digest(back.weights) == digest(tensors) and digest(back.history.died) == digest(died)
+    assert (back.history.rounds, back.rounds, back.about) == (200, t.rounds, about)
+    assert all(back.weights[k].dtype == v.dtype and back.weights[k].shape == v.shape for k, v in tensors.items())
+
+
+@pytest.fixture(scope="module")
+def whole():
+    "The bytes of a small ticket"
+    g = torch.Generator().manual_seed(0)
+    w = {"conv1.weight": torch.randn(4, 1, 3, 3, generator=g), "fc.weight": torch.randn(3, 4, generator=g), "count": torch.tensor(7)}
+    history = MaskHistory.dense({"conv1.weight": w["conv1.weight"]}); prune(history, w | {}, {"conv1.weight": 9})
+    with tempfile.TemporaryDirectory() as folder:
+        Ticket(w, history, [dict(n=0)], dict(task="t", model="m")).save(Path(folder) / "t"); return (Path(folder) / "t").read_bytes()
+
+
+def damaged(whole, draw):
+    "One of many ways in which a file goes bad, never the file itself"
+    data, kind = bytearray(whole), draw.choice(["bit", "bits", "cut", "longer", "swap", "zeros", "garbage", "header"])
+    i = draw.randrange(len(data))
+    if kind == "bit": data[i] ^= 1 << draw.randrange(8)
+    if kind == "bits":
+        for j in draw.sample(range(len(data)), 20): data[j] ^= 1 << draw.randrange(8)
+    if kind == "cut": del data[i:]
+    if kind == "longer": data += draw.randbytes(draw.randrange(1, 50))
+    if kind == "swap": data = data[i:] + data[:i] if i else data + b"x"
+    if kind == "zeros": data[i:i + 40] = bytes(len(data[i:i + 40])) if any(data[i:i + 40]) else b"x" * 40
+    if kind == "garbage": data = bytearray(draw.randbytes(draw.randrange(300)))
+    if kind == "header": data[:8] = draw.choice([0, 7, 2**20, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+    return kind, bytes(data)
+
+
+def test_a_damaged_file_is_always_a_ticket_error(whole, tmp_path):
+    draw, path = random.Random(0), tmp_path / "t"
+    for case in range(300):
+        kind, data = damaged(whole, draw); path.write_bytes(data)
+        assert data != whole
+        with pytest.raises(TicketError): Ticket.load(path); pytest.fail(f"case {case} ({kind}) was loaded")
+    path.write_bytes(whole); assert Ticket.load(path).history.total == 36  # the undamaged file is read
+
+
+def test_every_bit_of_the_file_counts(whole, tmp_path):
+    "Every byte of it, one flipped bit at a time"
+    path, draw = tmp_path / "t", random.Random(1)
+    for i in range(len(whole)):
+        data = bytearray(whole); data[i] ^= 1 << draw.randrange(8); path.write_bytes(data)
+        with pytest.raises(TicketError): Ticket.load(path); pytest.fail(f"bit flipped in byte {i} of {len(whole)}: {whole[max(0, i - 20):i + 20]}")
+
+
+class Evil:
+    "Unpickled, it writes a file"
+    def __init__(self, mark): self.mark = str(mark)
+    def __reduce__(self): return exec, (f"open({self.mark!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("form", ["pickle", "old pickle", "torch", "old torch", "tail"])
+def test_code_in_a_file_is_never_run(form, tmp_path, whole):
+    mark, path = tmp_path / "mark", tmp_path / "ticket.safetensors"
+    pickle.loads(pickle.dumps(Evil(mark))); assert mark.exists(); mark.unlink()  # it would
+    if form == "pickle": path.write_bytes(pickle.dumps(Evil(mark)))
+    if form == "old pickle": path.write_bytes(pickle.dumps(Evil(mark), protocol=0))
+    if form == "torch": torch.save({"weights": Evil(mark)}, path)
+    if form == "old torch": torch.save({"weights": Evil(mark)}, path, _use_new_zipfile_serialization=False)
+    if form == "tail": path.write_bytes(whole + pickle.dumps(Evil(mark)))
+    for load in (Ticket.load, lambda p: load_tensors(p, "state")):
+        with pytest.raises(TicketError) as e: load(path)
+        assert not mark.exists()
+    if form in ("pickle", "torch", "old torch"): assert "can run code, so it is not opened" in str(e.value)
+
+
+names = st.lists(st.one_of(st.text(st.characters(exclude_characters="/"), min_size=1, max_size=8), st.integers(0, 999)), max_size=3).map(tuple)
+
+
+@bounded
+@given(st.tuples(seeds, names), st.tuples(seeds, names))
+def test_streams_differ(a, b):
+    key = lambda o: (o[0], tuple(map(str, o[1])))
+    assert (stream(a[0], *a[1]) == stream(b[0], *b[1])) == (key(a) == key(b))
+    assert 0 <= stream(a[0], *a[1]) < 2**63
+
+
+@bounded
+@given(seeds, st.integers(0, 50), st.integers(0, 50))
+def test_streams_do_not_disturb_each_other(seed, used, epoch):
+    "What is drawn from one stream is the same whatever was drawn from another, or from the global generators"
+    want = torch.rand(5, generator=generator(seed, "order", epoch))
+    torch.manual_seed(used); state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    with seeded(seed, "augment", epoch): torch.rand(used); np.random.rand(used); [random.random() for _ in range(used)]
+    assert torch.equal(torch.rand(5, generator=generator(seed, "order", epoch)), want)
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1] and random.getstate() == state[2]
+
+
+def test_streams_are_uncorrelated():
+    "Neighbouring seeds, epochs and names: 400 streams of 400 draws, correlations as chance makes them"
+    keys = [(s, n, e) for s in range(10) for n in ("order", "augment", "mask", "init") for e in range(10)]
+    x = torch.stack([torch.randn(400, generator=generator(*k)) for k in keys])
+    r = torch.corrcoef(x)[~torch.eye(400, dtype=torch.bool)]
+    assert r.std().item() == pytest.approx(1 / 400**.5, rel=.03) and r.abs().max() < 6 / 400**.5

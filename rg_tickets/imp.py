@@ -6,7 +6,7 @@
 __all__ = ['CONTROLS', 'Control', 'measure', 'Round', 'counts', 'imp']
 
 # %% ../nbs/23_imp.ipynb #78fd8a43
-import contextlib, json, math, time
+import contextlib, json, math, time, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
@@ -183,11 +183,14 @@ def resume(self):
     "Go on from the files in the folder, if they are there and of this run"
     path = self.folder / "ticket.safetensors"
     if not path.exists(): return False
-    found = Ticket.load(path); about = found.about.copy(); self.threshold = about.pop("threshold")
-    mine = json.loads(json.dumps(self.about))
-    if about != mine:
-        other = [f"{k} ({about.get(k)} there, {mine.get(k)} here)" for k in mine | about if about.get(k) != mine.get(k)]
-        raise TicketError(f"{self.folder} holds another run: {'; '.join(other[:3])}. Choose another folder, or the arguments that run had")
+    found, mine = Ticket.load(path), json.loads(json.dumps(self.about))
+    theirs = found.about; self.threshold = theirs.pop("threshold")
+    other = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)" for k in mine if k != "versions" and theirs.get(k) != mine[k]]
+    if other: raise TicketError(f"{self.folder} holds another run: {'; '.join(other[:3])}. Choose another folder, or the arguments that run had")
+    if theirs["versions"] != mine["versions"]:
+        warnings.warn(f"{self.folder} was begun with {theirs['versions']}, this is {mine['versions']}: rounds made from now on may differ in their last bits")
+        theirs["resumed"] = mine["versions"]
+    self.about = theirs
     self.snapshot = Snapshot(found.weights); self.rounds = [Round(**r) for r in found.rounds]
     self.history = found.history.to(next(iter(self.params.values())).device)
     self.find_state()

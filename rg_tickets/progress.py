@@ -78,7 +78,7 @@ def one(self, run, x):
         if run["id"] in self.bars: self.bars.pop(run["id"]).close()
         return
     if run["id"] not in self.bars: self.bars[run["id"]] = tqdm(total=run["rounds"] + 1, initial=x, leave=False, **self.kwargs, bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
-    spent = time.monotonic() - self.began.setdefault(key, time.monotonic())
+    began = self.began.setdefault(key, time.monotonic()); spent = time.monotonic() - began
     left = f", {spent * (1 - part) / part:.0f} s left in it" if part else ""
     bar = self.bars[run["id"]]; bar.n = x; bar.set_description_str(f"{run['label']}: round {int(x)}/{run['rounds']}{left}")
 

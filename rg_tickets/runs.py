@@ -160,6 +160,7 @@ def _attempts(specs, folder, jobs, kwargs):
             try: yield tasks[f], f.result()
             except futures.BrokenExecutor: yield tasks[f], "its worker was killed (out of memory?); start again, finished rounds are kept"
 
+# %% ../nbs/40_runs.ipynb #e87cc5af
 def _plausible(spec):
     "Refuse a spec of which no run can be made, before any process is started for it"
     for name, table, kind in ((spec.task.split("/")[0], TASKS, "task"), (spec.model, MODELS, "model"), (spec.control, CONTROLS, "control")): lookup(name, table, kind)

@@ -121,6 +121,13 @@ def test_impossible_specs_start_nothing(wrong, says, tmp_path):
     assert not (tmp_path / "f").exists()
 
 
+def test_more_rounds_than_a_history_holds(tmp_path):
+    "Refused before the first step, not after the 254th round"
+    spec = runs.Spec(rounds=300, width=8, n_train=100, n_test=50)
+    with pytest.raises(ValueError, match="rounds=300: a history holds at most 254"): runs.execute(spec, tmp_path, device="cpu")
+    assert not (tmp_path / spec.id / "ticket.safetensors").exists()
+
+
 def test_density_zero(tmp_path):
     "Five fifths of the weights are all of them"
     spec = runs.Spec(schedule="arithmetic", prune=.2, rounds=5, width=8, n_train=100, n_test=50)

@@ -6,19 +6,19 @@
 __all__ = ['CONTROLS', 'Control', 'measure', 'Round', 'counts', 'imp']
 
 # %% ../nbs/23_imp.ipynb #78fd8a43
-import contextlib, json, math, time, warnings
+import json, math, time, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
-import filelock, torch
+import torch
 import rg_tickets
-from .basics import generator, lookup, patch_to
-from .masks import ALIVE, MaskHistory, Schedule, prune as coarse_grain, random_scores, shuffled
+from .basics import alone, generator, lookup, patch_to, seeded
+from .masks import ALIVE, MaskHistory, Schedule, check_finite, prune as coarse_grain, random_scores, shuffled
 from .models.prunable import prunable
 from .rewind import PARTS, Policy, Snapshot, policy
 from .tasks.core import Task, evaluate
 from .tickets import Ticket, TicketError, digest, load_tensors, save_tensors
-from .train import Masked, Recipe, device as find_device, optimizer, pack, refine, unpack
+from .train import Diverged, Masked, Recipe, device as find_device, optimizer, pack, refine, unpack
 
 # %% ../nbs/23_imp.ipynb #a841431a
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ CONTROLS = {
     "oneshot": Control(train="once", about="train the dense network once, then prune along the schedule without retraining"),
     "random": Control(rank="random", about="random masks of the same density, trained every round"),
     "shuffled": Control(rank="given", shuffle=True, about="a ticket's masks permuted within each tensor: its layer densities, other weights"),
-    "reinit": Control(rank="given", fresh=True, about="a ticket's masks on newly drawn weights"),
+    "reinit": Control(rank="given", fresh=True, about="a ticket's masks; initial weights permuted within each tensor, a new draw from the same distribution"),
     "given": Control(rank="given", about="a ticket's masks on this network"),
 }
 
@@ -49,7 +49,7 @@ def measure(
     "The survivors' statistics, summed in double precision"
     rows = []
     for name, w in params.items():
-        live = w[masks[name]].abs().double()
+        live = w[masks[name]].abs().cpu().double()
         ends = (live.max().item(), live.min().item()) if len(live) else (0., 0.)
         rows.append(dict(tensor=name, count=w.numel(), alive=len(live), l1=live.sum().item(), l2=live.square().sum().item(), largest=ends[0], smallest=ends[1]))
     return rows
@@ -116,7 +116,7 @@ def rewind(self, n):
 def rate(self, n):
     "None for the recipe's schedule; the last rate of it where the policy lets the schedule go on"
     if n == 0 or "schedule" in self.policy.resets: return None
-    last = self.recipe.rate(self.end - 1, self.task.data.steps(self.recipe.batch_size))
+    last = self.policy.rate or self.recipe.rate(self.end - 1, self.task.data.steps(self.recipe.batch_size))
     return lambda step: last
 
 @patch_to(_Run)
@@ -133,9 +133,10 @@ def refine(self, n):
 # %% ../nbs/23_imp.ipynb #51d5821c
 @patch_to(_Run)
 def measure(self, n, loss):
-    "The round as plain data"
-    masks = self.history.mask(n)
+    "The round as plain data; a network that diverged is an error, not a round"
+    masks = self.history.mask(n); check_finite(self.params)
     metrics = evaluate(self.task, self.network, self.recipe.precision)
+    if not math.isfinite(metrics["loss"]): raise Diverged(f"the test loss of {self.task.name!r} is {metrics['loss']} after round {n}: training diverged; lower the learning rate, or set clip=1.0")
     return Round(n, self.history.time(n), self.history.density(n), loss, metrics, self.threshold, measure(self.params, masks))
 
 @patch_to(_Run)
@@ -154,12 +155,12 @@ def save(self):
 @patch_to(_Run)
 def ticket(self):
     "The ticket as it stands"
-    return Ticket(self.snapshot.state, self.history, [asdict(r) for r in self.rounds], self.about | {"threshold": self.threshold})
+    return Ticket(self.snapshot.state, self.history, [asdict(r) for r in self.rounds], self.about, self.threshold)
 
 @patch_to(_Run)
 def save_state(self, n, step, loss):
     "Put the training aside: round, step, weights, optimizer"
-    save_tensors(self.folder / "state.safetensors", pack(self.network, self.opt), dict(n=n, step=step, loss=loss, run=self.about["initial"]), "state")
+    save_tensors(self.folder / "state.safetensors", pack(self.network, self.opt), dict(n=n, step=step, loss=loss), "state")
 
 @patch_to(_Run)
 def load_state(self):
@@ -179,12 +180,12 @@ def keeper(self, n):
 
 # %% ../nbs/23_imp.ipynb #228573cd
 @patch_to(_Run)
-def resume(self):
+def resume(self, last):
     "Go on from the files in the folder, if they are there and of this run"
     path = self.folder / "ticket.safetensors"
     if not path.exists(): return False
     found, mine = Ticket.load(path), json.loads(json.dumps(self.about))
-    theirs = found.about; self.threshold = theirs.pop("threshold")
+    theirs, self.threshold = found.about, found.threshold
     other = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)" for k in mine if k != "versions" and theirs.get(k) != mine[k]]
     if other: raise TicketError(f"{self.folder} holds another run: {'; '.join(other[:3])}. Choose another folder, or the arguments that run had")
     if theirs["versions"] != mine["versions"]:
@@ -193,46 +194,50 @@ def resume(self):
     self.about = theirs
     self.snapshot = Snapshot(found.weights); self.rounds = [Round(**r) for r in found.rounds]
     self.history = found.history.to(next(iter(self.params.values())).device)
-    self.find_state()
+    self.find_state(bool(self.rounds) and last(self.rounds[-1]))
     return True
 
 @patch_to(_Run)
-def find_state(self):
+def find_state(self, over):
     "Look for a training put aside: one of the coming round is taken up, an earlier one gives its weights to the coming round"
-    path, n = self.folder / "state.safetensors", len(self.rounds)
-    if not path.exists(): return
-    try: header = load_tensors(path, "state")[1]
-    except TicketError: return  # the round is done again from its start
-    if header["run"] != self.about["initial"]: return
-    if header["n"] == n: self.resumed = header
-    elif self.carries and n: self.opt = optimizer(self.network, self.recipe); self.load_state()
-
-# %% ../nbs/23_imp.ipynb #9767d820
-@contextlib.contextmanager
-def _alone(folder):
-    "Hold the folder's lock, or say that somebody else does"
-    if folder is None: yield; return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try: lock.acquire(timeout=0)
-    except filelock.Timeout: raise RuntimeError(f"another process is working on {folder}: wait for it, or choose another folder") from None
-    for tmp in folder.glob(".*.tmp"): tmp.unlink(missing_ok=True)  # what a killed process was writing
-    try: yield
-    finally: lock.release()
+    n = len(self.rounds)
+    try: header = load_tensors(self.folder / "state.safetensors", "state")[1]
+    except (FileNotFoundError, TicketError): header = None  # a round that starts from the snapshot is done again from there
+    if header and header["n"] == n: self.resumed = header
+    elif header and self.carries and n: self.opt = optimizer(self.network, self.recipe); self.load_state()
+    elif self.carries and 0 < n and not over: raise TicketError(f"{self.folder} has lost its state.safetensors, and with it the weights that round {n} goes on from: delete the folder and run again")
 
 # %% ../nbs/23_imp.ipynb #fd2e677d
 def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, device, folder, report, every):
     "Check the arguments, and build the run they describe"
-    if rounds != int(rounds) or rounds < 0: raise ValueError(f"rounds must be a whole number, 0 or more, not {rounds!r}")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0: raise ValueError(f"rounds must be a whole number, 0 or more, not {rounds!r}")
     if rounds >= ALIVE: raise ValueError(f"rounds={rounds}: a history holds at most {ALIVE - 1}; prune more per round")
-    what, (how, k) = lookup(control, CONTROLS, "control"), policy(rewind, task.data.steps(recipe.batch_size))
+    per_epoch = task.data.steps(recipe.batch_size); what, (how, k) = lookup(control, CONTROLS, "control"), policy(rewind, per_epoch)
+    _sensible(how, k, recipe, per_epoch)
     network.to(device); params = prunable(network, preset); history = MaskHistory.dense(params)
     if what.rank == "given": history = _follow(ticket, history, what, seed, rounds, control)
     else: counts(schedule, history, scope); _enough(schedule, history.total, rounds)
-    about = dict(task=task.name, data=task.about, model=getattr(network, "name", type(network).__name__), control=control, seed=seed, rounds=rounds, prune=asdict(schedule), scope=scope,
+    about = dict(task=task.name, data=_peek(task, network, seed, recipe), model=getattr(network, "name", type(network).__name__), control=control, seed=seed, rounds=rounds, prune=asdict(schedule), scope=scope,
                  rewind=rewind if isinstance(rewind, str) else asdict(rewind), prunable=preset if isinstance(preset, str) else list(params), recipe=asdict(recipe),
-                 initial=digest(network.state_dict()), masks=digest(ticket.history.died) if ticket else None, versions=dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__))
+                 initial=digest(network.state_dict()), masks=digest(ticket.history.died) if ticket else None, versions=dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type))
     return _Run(task, network, recipe, seed, schedule, scope, how, what, k, params, history, about, report or (lambda *a: None), folder, every)
+
+def _sensible(how, k, recipe, per_epoch):
+    "Refuse a rewind point beyond the recipe's end, and fine-tuning at a rate that trains nothing"
+    end = recipe.epochs * per_epoch
+    if k >= end: raise ValueError(f"the rewind point is step {k}, but the recipe ends at step {end} ({recipe.epochs} epochs of {per_epoch} steps): rewind to an earlier step, or train longer")
+    last = how.rate or recipe.rate(end - 1, per_epoch)
+    if "schedule" not in how.resets and last < .01 * recipe.lr: raise ValueError(f"a schedule that goes on stays at its last rate, and {recipe.schedule!r} ends at {last:.1e}, which trains nothing: use schedule='drops' or 'constant', or give the policy a rate")
+
+def _peek(task, network, seed, recipe):
+    "Facts about the data, or a fingerprint of the first batch if it has none; tries loss and metrics on it before hours are spent"
+    with seeded(seed, "peek"): batch = next(task.data.to(next(network.parameters()).device).batches(seed, 0, recipe.batch_size))
+    training = network.training; network.eval()
+    with torch.no_grad():
+        task(network, batch)
+        if not task.objective: output = network(batch[0]).float(); [float(f(output, batch[1])) for f in task.metrics.values()]
+    network.train(training)
+    return task.about or dict(first_batch=digest({str(i): o for i, o in enumerate(batch)}), loss=getattr(task.loss, "__qualname__", type(task.loss).__name__), metrics=list(task.metrics))
 
 def _enough(schedule, total, rounds):
     "Refuse a schedule that would leave nothing"
@@ -255,11 +260,12 @@ def _follow(ticket, history, control, seed, rounds, name):
 @torch.no_grad()
 def begin(self):
     "The weights to rewind to: the given ones, permuted for the re-initialised control, or those after k steps"
+    if self.folder: (self.folder / "state.safetensors").unlink(missing_ok=True)  # of a run that is no more
     if self.control.fresh:
         g = generator(self.seed, "reinit")
         for p in self.params.values(): p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view(p.shape))
     self.snapshot = Snapshot(self.network.state_dict())
-    if self.k and self.control.train != "never":
+    if self.k:
         with torch.enable_grad(): refine(self.task, self.network, self.recipe, self.seed, stop=self.k, after_epoch=self.keeper(-1))
         self.snapshot = Snapshot(self.network.state_dict())
     self.save()
@@ -267,7 +273,7 @@ def begin(self):
 # %% ../nbs/23_imp.ipynb #e7011193
 def imp(
     task: Task,  # what to train on
-    network: torch.nn.Module,  # at its initial weights; trained in place
+    network: torch.nn.Module,  # at its initial weights; trained in place (rounds that come from the folder do not touch it)
     rounds: int = 12,  # prunings; round 0 is the dense network, so rounds + 1 are yielded
     prune: float | Schedule = .2,  # share of the surviving weights removed per round, or a schedule
     rewind: str | Policy = "init",  # a name in `POLICIES`, or "500it", "2ep"
@@ -277,8 +283,8 @@ def imp(
     preset="backbone",  # which tensors are pruned: a preset of `12_prunable`, or a list of names
     scope: str = "global",  # rank weights over the whole network, or each "layer" by itself
     ticket: Ticket | None = None,  # whose masks to follow, for the controls that do
-    min_density: float = 0.,  # stop after the first round at or below this density
-    min_accuracy: float = -math.inf,  # stop after the first round whose first metric is below this
+    min_density: float | None = None,  # stop after the first round at or below this density
+    min_accuracy: float | None = None,  # stop after the first round whose first metric is below this
     device: str = "auto",  # where to train
     folder=None,  # where to keep ticket and state; a run found there is taken up
     checkpoint_every: float = 60.,  # seconds between states put aside within a round
@@ -287,9 +293,10 @@ def imp(
     "Iterate rewind, refine, coarse-grain, and yield what each round measured"
     schedule, folder = prune if isinstance(prune, Schedule) else Schedule(prune), Path(folder) if folder else None
     run = _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, find_device(device), folder, report, checkpoint_every)
-    last = lambda r: r.n >= rounds or r.density <= min_density or r.metrics[task.metric] < min_accuracy
-    with _alone(folder):
-        if not (folder and run.resume()): run.begin()
+    run.about |= dict(min_density=min_density, min_accuracy=min_accuracy)
+    last = lambda r: r.n >= rounds or (min_density is not None and r.density <= min_density) or (min_accuracy is not None and r.metrics[task.metric] < min_accuracy)
+    with alone(folder):
+        if not (folder and run.resume(last)): run.begin()
         yield from run.rounds
         while not (run.rounds and last(run.rounds[-1])):
             n = len(run.rounds)

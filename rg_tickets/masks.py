@@ -7,7 +7,7 @@ __all__ = ['ALIVE', 'Schedule', 'smallest', 'check_finite', 'MaskHistory', 'prun
 
 # %% ../nbs/20_masks.ipynb #bd8f2d7a
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import torch
 from .basics import generator, lookup, patch_to
 

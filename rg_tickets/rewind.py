@@ -21,6 +21,8 @@ class Policy:
     "What is set back before a round is refined"
     resets: tuple  # names from `PARTS`
     about: str = ""  # in words, with its source
+    step: str = "0it"  # where the snapshot is taken: "500it", "2ep"
+    rate: float | None = None  # constant learning rate of a schedule that goes on; None: the recipe's last
 
     def __post_init__(self):
         for part in self.resets: lookup(part, dict.fromkeys(PARTS), "part of a training state")
@@ -29,8 +31,8 @@ POLICIES = {
     "init": Policy(PARTS, "back to the initial weights (Frankle & Carbin 2019)"),
     "step": Policy(PARTS, "back to the weights after k steps, written '500it' or '2ep' (Frankle et al. 2020)"),
     "pretrained": Policy(PARTS, "back to the pre-trained weights the network came with (Chen et al. 2020)"),
-    "lr": Policy(("optimizer", "schedule"), "weights go on, the learning rate starts again (Renda et al. 2020)"),
-    "none": Policy(("optimizer",), "weights go on at the last learning rate: fine-tuning (Han et al. 2015)"),
+    "lr": Policy(("optimizer", "schedule"), "nowhere: weights go on, the learning rate starts again (Renda et al. 2020)"),
+    "none": Policy(("optimizer",), "nowhere: weights go on at the last learning rate, fine-tuning (Han et al. 2015)"),
 }
 
 # %% ../nbs/22a_rewind.ipynb #daef0809
@@ -44,7 +46,7 @@ def policy(
     per_epoch: int = 1,  # steps in an epoch
 ) -> tuple:  # (Policy, step to rewind to)
     "What to set back, and to which step"
-    if isinstance(rewind, Policy): return rewind, 0
+    if isinstance(rewind, Policy): return rewind, _steps(rewind.step, per_epoch)
     k = _steps(str(rewind), per_epoch)
     if k is not None: return POLICIES["step"], k
     if rewind == "step": raise ValueError("rewind='step' needs the step: write '500it' for 500 iterations or '2ep' for 2 epochs")

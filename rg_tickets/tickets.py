@@ -55,12 +55,16 @@ def save_tensors(
 ):
     "Write tensors and header to one safetensors file, whole or not at all"
     tensors, text = _plain(tensors), json.dumps(header)
-    note = json.dumps(dict(kind=kind, sha256=digest(tensors, kind + text), header=text))  # one entry: safetensors keeps no order
+    note = json.dumps(dict(kind=kind, format=1, sha256=digest(tensors, kind + text), header=text))  # one entry: safetensors keeps no order
     with replacing(path) as tmp:
         try: save_file(tensors, tmp, {"rg_tickets": note})
         except SafetensorError as e: raise OSError(errno.EIO, str(e)) from e
 
 # %% ../nbs/21_tickets.ipynb #5a9edc48
+def _some(items, limit=3):
+    "The first few of `items`, and how many more"
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
 def _not_safetensors(path, error):
     "Say what a file that is no safetensors file looks like"
     start = Path(path).open("rb").read(8)
@@ -69,6 +73,17 @@ def _not_safetensors(path, error):
     return TicketError(f"{path} cannot be read as safetensors ({error}): it was cut short, damaged, or is another kind of file. Copy it again, or make it again from its run")
 
 # %% ../nbs/21_tickets.ipynb #eea2f9c5
+def _note(path, kind, f):
+    "What the header of an open safetensors file says, after checking that it is ours and of the right kind"
+    text = (f.metadata() or {}).get("rg_tickets")
+    if text is None: raise TicketError(f"{path} is a safetensors file, but not one of ours: it holds {_some(list(f.keys()))} and no rg_tickets header")
+    try: note = json.loads(text); found, version, _, _ = note["kind"], note["format"], note["header"] + "", note["sha256"] + ""
+    except (ValueError, KeyError, TypeError, RecursionError): raise TicketError(f"{path} is damaged: its header cannot be read. Copy it again, or make it again from its run") from None
+    if found != kind: raise TicketError(f"{path} is a {found} file, not a {kind} file")
+    if version != 1: raise TicketError(f"{path} is written in format {version!r}, this version of rg_tickets reads format 1: upgrade it")
+    return note
+
+# %% ../nbs/21_tickets.ipynb #ca33ca3d
 def load_tensors(
     path,  # a file written by `save_tensors`
     kind: str,  # what it must be
@@ -78,14 +93,11 @@ def load_tensors(
     if not path.is_file(): raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(path))
     try:
         with safe_open(path, "pt") as f:
-            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            note = _note(path, kind, f)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except TicketError: raise
     except (SafetensorError, UnicodeDecodeError, ValueError, RuntimeError, OverflowError) as e: raise _not_safetensors(path, e) from e
-    if "rg_tickets" not in meta:
-        raise TicketError(f"{path} is a safetensors file, but not one of ours: it holds {', '.join(list(tensors)[:3])}... and no rg_tickets header")
-    try: note = json.loads(meta["rg_tickets"]); whole = digest(tensors, note["kind"] + note["header"]) == note["sha256"]
-    except (ValueError, KeyError, TypeError): whole = False
-    if not whole: raise TicketError(f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run")
-    if note["kind"] != kind: raise TicketError(f"{path} is a {note['kind']} file, not a {kind} file")
+    if digest(tensors, kind + note["header"]) != note["sha256"]: raise TicketError(f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run")
     return tensors, json.loads(note["header"])
 
 # %% ../nbs/21_tickets.ipynb #b735bccc
@@ -96,27 +108,33 @@ class Ticket:
     history: MaskHistory  # which weights died when
     rounds: list = field(default_factory=list)  # what each round measured: plain dicts
     about: dict = field(default_factory=dict)  # provenance: task, model, recipe, seed, versions
+    threshold: float = 0.  # magnitude of the last weight that was removed
 
     def save(self, path):
         "Write the ticket to `path`, whole or not at all"
         tensors = {f"weights/{k}": t for k, t in self.weights.items()} | {f"died/{k}": d for k, d in self.history.died.items()}
-        save_tensors(path, tensors, dict(prunings=self.history.rounds, rounds=self.rounds, about=self.about), "ticket")
+        save_tensors(path, tensors, dict(prunings=self.history.rounds, rounds=self.rounds, about=self.about, threshold=self.threshold), "ticket")
 
     @classmethod
     def load(cls, path):
         "Read a ticket; a damaged or foreign file raises a TicketError that says what is wrong"
         tensors, header = load_tensors(path, "ticket")
         part = lambda prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        return cls(part("weights/"), MaskHistory(part("died/"), header["prunings"]), header["rounds"], header["about"])
+        try: ticket = cls(part("weights/"), MaskHistory(part("died/"), header["prunings"]), header["rounds"], header["about"], header["threshold"])
+        except (KeyError, TypeError) as e: raise TicketError(f"{path} is no whole ticket: its header lacks {e}. It was not written by `Ticket.save`") from None
+        return ticket.sound(path)
+
+    def sound(self, path):
+        "The ticket itself, if masks and weights belong together"
+        died, n = self.history.died, self.history.rounds
+        bad = [k for k, d in died.items() if d.dtype != torch.uint8 or k not in self.weights or self.weights[k].shape != d.shape]
+        if bad or not (isinstance(n, int) and 0 <= n < 255): raise TicketError(f"{path} contradicts itself: {_some(bad) or n} is no mask of its weights. It was not written by `Ticket.save`")
+        return self
 
     def __repr__(self):
         return f"Ticket({self.about.get('model', 'a network')} on {self.about.get('task', 'a task')}: {self.history.total:,} prunable weights, {self.history.rounds} prunings, density {self.history.density():.4f})"
 
 # %% ../nbs/21_tickets.ipynb #ec9ca96d
-def _some(items, limit=3):
-    "The first few of `items`, and how many more"
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
-
 def fits(
     ticket: Ticket,  # what is to be put in
     network: torch.nn.Module,  # where

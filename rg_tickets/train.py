@@ -7,11 +7,11 @@ __all__ = ['SHAPES', 'OPTIMIZERS', 'device', 'Recipe', 'LARS', 'optimizer', 'Mas
 
 # %% ../nbs/22_train.ipynb #b44d4090
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Callable
 import torch
 from torch import nn
-from .basics import lookup, seeded
+from .basics import lookup, seeded, stream
 from .tasks.core import Task
 
 # %% ../nbs/22_train.ipynb #63e006f4
@@ -61,6 +61,7 @@ class Recipe:
         lookup(self.precision, dict.fromkeys(("fp32", "bf16")), "precision"); lookup(self.decay, dict.fromkeys(("all", "matrices")), "decay")
         for name in ("epochs", "batch_size", "lr"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0: raise ValueError(f"clip must be positive, or None for no clipping, not {self.clip}")
         object.__setattr__(self, "drops", tuple(self.drops))
 
     def rate(self, step: int, steps: int) -> float:
@@ -151,13 +152,14 @@ def _step(task, network, batch, opt, masked, recipe):
 # %% ../nbs/22_train.ipynb #f124a7e8
 def _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate):
     "Steps `start` to `stop` of one epoch; the mean loss"
-    losses, first = [], epoch * task.data.steps(recipe.batch_size)
-    with seeded(seed, "train", epoch):
-        for step, batch in enumerate(task.data.batches(seed, epoch, recipe.batch_size), first):
+    losses, first, backends = [], epoch * task.data.steps(recipe.batch_size), torch.backends.cudnn
+    with seeded(seed, "train", epoch), backends.flags(enabled=backends.enabled, benchmark=False, deterministic=True, allow_tf32=backends.allow_tf32):
+        batches = task.data.batches(seed, epoch, recipe.batch_size)
+        for step in range(first, min(stop, first + task.data.steps(recipe.batch_size))):
+            torch.manual_seed(stream(seed, "draw", step)); batch = next(batches)
             if step < start: continue  # drawn all the same, so that later draws do not shift
-            if step >= stop: break
             for group in opt.param_groups: group["lr"] = rate(step)
-            losses.append(_step(task, network, batch, opt, masked, recipe))
+            torch.manual_seed(stream(seed, "step", step)); losses.append(_step(task, network, batch, opt, masked, recipe))
     losses = torch.stack(losses).float().cpu()
     if not torch.isfinite(losses).all():
         bad = max(start, first) + int((~torch.isfinite(losses)).nonzero()[0])
@@ -185,7 +187,7 @@ def refine(
     opt = opt or optimizer(network, recipe)
     if masked: masked.weights()
     loss = float("nan")
-    for epoch in range(start // steps, math.ceil(stop / steps)):
+    for epoch in range(start // steps, math.ceil(stop / steps) if start < stop else 0):
         loss = _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate)
         if after_epoch: after_epoch(min((epoch + 1) * steps, stop), network, opt, loss)
     return loss

@@ -1,5 +1,5 @@
 "A run that is killed at any moment goes on to the very bytes of a run that was left alone"
-import functools, hashlib, json, multiprocessing, os, random, signal, time
+import functools, hashlib, itertools, json, multiprocessing, os, random, signal, time
 from collections import Counter
 from pathlib import Path
 import filelock
@@ -9,7 +9,7 @@ from rg_tickets.tickets import TicketError, load_tensors
 
 FILES = "ticket.safetensors", "rounds.csv", "flow.csv"
 SPEC = dict(task="digits8", width=8, n_train=512, n_test=200, rounds=4, recipe=dict(epochs=3))
-CASES = {"imp": dict(), "carried": dict(rewind="none"), "oneshot": dict(control="oneshot"), "step": dict(rewind="5it")}
+CASES = {"imp": dict(), "carried": dict(rewind="none", recipe=dict(epochs=3, lr=.02, schedule="constant")), "oneshot": dict(control="oneshot"), "step": dict(rewind="5it")}
 
 processes = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
 if processes.get_start_method() == "forkserver": processes.set_forkserver_preload(["rg_tickets.runs"])  # so that a process begins to train at once
@@ -50,7 +50,7 @@ def moment(home, before):
     if not (home / "ticket.safetensors").exists(): return "before the first round"
     if any(p.suffix == ".tmp" for p in set(home.iterdir()) - before): return "between rounds or while a file was written"
     try: p = json.loads((home / "progress.json").read_text())
-    except FileNotFoundError: return "within a round"
+    except FileNotFoundError: return "before it went on"
     return "between rounds or while a file was written" if p["step"] == p["steps"] else "within a round"
 
 
@@ -63,14 +63,13 @@ def alone(spec, folder):
     return content(home), time.monotonic() - began
 
 
-def let_live(process, home, draw, length):
-    "Wait until the moment at which the process is to die: at the very beginning, anywhere, or about the end of a round"
-    kind = draw.choice(["beginning", "anywhere", "boundary", "boundary"])
-    process.join(draw.uniform(0, .05 * length) if kind == "beginning" else draw.uniform(0, .4 * length))
-    while kind == "boundary" and process.is_alive():
+def let_live(process, home, kind, draw, length):
+    "Wait until the moment at which the process is to die: early in its life, anywhere, as a round ends, or as one begins"
+    process.join(draw.uniform(0, .05 * length) if kind == "early" else draw.uniform(0, .35 * length))
+    while kind in ("end of a round", "beginning of a round") and process.is_alive():
         try: p = json.loads((home / "progress.json").read_text())
-        except FileNotFoundError: p = dict(step=0, steps=1)
-        if p["step"] == p["steps"]: return time.sleep(draw.uniform(0, .03))
+        except FileNotFoundError: p = dict(n=0, step=1, steps=2)
+        if p["step"] == (p["steps"] if kind == "end of a round" else 0) and p["n"] > 0: return time.sleep(draw.uniform(0, .03))
         time.sleep(.001)
 
 
@@ -79,14 +78,15 @@ def let_live(process, home, draw, length):
 def test_killed_and_restarted(name, share, tmp_path, request):
     kills, draw, seen, complete = max(1, round(share * request.config.getoption("--kills"))), random.Random(name), Counter(), 0
     spec = runs.Spec(**SPEC | CASES[name])
+    kinds = itertools.cycle(["beginning of a round", "end of a round", "anywhere", "early"])
     expected, length = alone(spec, tmp_path / "alone")
     while sum(seen.values()) < kills:
         folder = tmp_path / str(complete); home = folder / spec.id
         before = set(home.iterdir()) if home.exists() else set()
-        (home / "config.json").unlink(missing_ok=True)  # the first file a process writes
+        for name in ("config.json", "progress.json"): (home / name).unlink(missing_ok=True)  # notes, so that what is read below is this process's
         process = start(spec, folder)
         wait_for(home / "config.json", process)
-        let_live(process, home, draw, length)
+        let_live(process, home, next(kinds), draw, length)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL); process.join()
             if process.exitcode == -signal.SIGKILL: seen[moment(home, before)] += 1; continue
@@ -130,11 +130,14 @@ def test_two_processes_on_one_folder(tmp_path):
     first = start(spec, tmp_path)
     wait_for(home / "state.safetensors", first)
     os.kill(first.pid, signal.SIGSTOP)  # so that whatever changes now was not the first one's doing
-    before = {p: p.read_bytes() for p in home.iterdir() if p.name not in (".lock", "config.json")}
-    here, there = processes.Pipe()
-    second = processes.Process(target=complain, args=(spec, tmp_path, there), daemon=True); second.start()
-    said = here.recv(); second.join()
-    assert said.startswith(f"RuntimeError: another process is working on {home}: wait for it")
-    assert {p: p.read_bytes() for p in home.iterdir() if p.name not in (".lock", "config.json")} == before
-    os.kill(first.pid, signal.SIGKILL); first.join()
+    content = lambda: {p.name: p.read_bytes() for p in home.iterdir() if p.name != ".lock"}
+    try:
+        before = content()
+        here, there = processes.Pipe()
+        second = processes.Process(target=complain, args=(spec, tmp_path, there), daemon=True); second.start()
+        assert here.poll(120), "the second process said nothing"
+        said = here.recv(); second.join()
+        assert said.startswith(f"RuntimeError: another process is working on {home}: wait for it")
+        assert content() == before
+    finally: os.kill(first.pid, signal.SIGKILL); first.join()  # a stopped process heeds nothing else
     with filelock.FileLock(home / ".lock", timeout=5): pass  # a killed process holds nothing

@@ -191,7 +191,7 @@ def test_code_in_a_file_is_never_run(form, tmp_path, whole):
     if form in ("pickle", "torch", "old torch"): assert "can run code, so it is not opened" in str(e.value)
 
 
-names = st.lists(st.one_of(st.text(st.characters(exclude_characters="/"), min_size=1, max_size=8), st.integers(0, 999)), max_size=3).map(tuple)
+names = st.lists(st.one_of(st.text(st.sampled_from("ab/\\ é0"), max_size=4), st.text(max_size=8), st.integers(0, 999)), max_size=3).map(tuple)
 
 
 @bounded
@@ -200,6 +200,13 @@ def test_streams_differ(a, b):
     key = lambda o: (o[0], tuple(map(str, o[1])))
     assert (stream(a[0], *a[1]) == stream(b[0], *b[1])) == (key(a) == key(b))
     assert 0 <= stream(a[0], *a[1]) < 2**63
+
+
+@bounded
+@given(st.lists(st.text("ab/\\", max_size=3), min_size=2, max_size=4), st.sampled_from(["/", "\\/", "\\\\/"]))
+def test_names_do_not_run_together(parts, between):
+    "A name that holds the separator is not two names"
+    assert stream(0, *parts) != stream(0, between.join(parts))
 
 
 @bounded

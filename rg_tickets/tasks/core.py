@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..basics import generator, stream
+from ..basics import generator, seeded, stream
 
 # %% ../../nbs/13_tasks.ipynb #18a58baa
 def accuracy(
@@ -19,7 +19,7 @@ def accuracy(
     target: torch.Tensor,  # [n] class numbers
 ) -> float:  # share of correct first choices, in [0, 1]
     "How often the largest logit is the right one"
-    return (output.argmax(1) == target).double().mean().item()
+    return (output.argmax(1) == target).sum().item() / len(target)
 
 # %% ../../nbs/13_tasks.ipynb #d6ada78c
 def _moved(tensor, device):
@@ -73,6 +73,7 @@ class Loaders:
 
     def __post_init__(self):
         for loader, what in ((self.train, "training"), (self.heldout, "test")):
+            if loader.persistent_workers: raise ValueError(f"the {what} loader has persistent_workers=True: its workers' random states cannot be set, so no run could be repeated; leave it False")
             if not len(loader): raise ValueError(f"the {what} loader yields no batch: is its data set empty, or smaller than one batch with drop_last=True?")
 
     def to(self, device):
@@ -89,7 +90,8 @@ class Loaders:
 
     def batches(self, seed: int, epoch: int, batch_size=None):
         "Yield (inputs, targets) of one epoch; call it with torch's global generator seeded"
-        if self.train.generator is not None: self.train.generator.manual_seed(stream(seed, "order", epoch))
+        for o in (self.train, self.train.sampler, getattr(self.train.batch_sampler, "sampler", None)):
+            if getattr(o, "generator", None) is not None: o.generator.manual_seed(stream(seed, "order", epoch))
         yield from self._send(self.train)
 
     def test(self, batch_size=None):
@@ -103,11 +105,16 @@ class Task:
     name: str  # how tables and files call it
     data: Resident | Loaders  # anything with `to`, `steps`, `batches`, `test`
     loss: Callable = F.cross_entropy  # (outputs, targets) -> scalar
-    metrics: dict = field(default_factory=lambda: {"accuracy": accuracy})  # name -> (outputs, targets) -> float, higher is better
+    metrics: dict | None = None  # name -> (outputs, targets) -> float, higher is better; the first decides what matches
     classes: int | None = None  # outputs the head must have; None: the network brings its own
     shape: tuple | None = None  # shape of one input, e.g. (1, 16, 16)
     objective: Callable | None = None  # (network, batch) -> scalar loss, instead of `loss`
     about: dict = field(default_factory=dict)  # plain facts that go into every ticket: source, sizes, split
+
+    def __post_init__(self):
+        classifies = self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
+        if self.metrics is None: self.metrics = {"accuracy": accuracy} if classifies else {"minus_loss": lambda output, target: -float(self.loss(output, target))}
+        if not self.metrics: raise ValueError("a task needs at least one metric: metrics={'name': function of (outputs, targets)}")
 
     def __call__(self, network: nn.Module, batch: tuple) -> torch.Tensor:
         "The training loss of one batch"
@@ -134,7 +141,7 @@ def evaluate(
     "Loss and metrics of `network` on the task's test set"
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with seeded(0, "test"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         pairs = [(network(x).float(), y) for x, y in task.data.to(device).test()]
     network.train(training)
     output, target = (torch.cat(o) for o in zip(*pairs))

@@ -6,7 +6,7 @@
 __all__ = ['app', 'list_', 'run', 'demo', 'main']
 
 # %% ../nbs/41_cli.ipynb #ac1c1b88
-import os, sys, time
+import contextlib, os, sys, time
 from pathlib import Path
 from typing import Optional
 import typer
@@ -28,6 +28,15 @@ def list_(experiment: Optional[str] = typer.Argument(None, help="an experiment, 
     for kind, names in dict(experiments=notebooks.experiments(), tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
 
 # %% ../nbs/41_cli.ipynb #02c2b92d
+@contextlib.contextmanager
+def _stoppable():
+    "Ctrl-C ends the block with a word on what is kept"
+    try: yield
+    except KeyboardInterrupt:
+        typer.echo("\nrg-tickets: stopped. Finished rounds are kept; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
+
+# %% ../nbs/41_cli.ipynb #e424864b
 def _done(folder, began):
     "Say what was found, where it is, and which file to open"
     verdict, took = folder / "verdict.txt", time.monotonic() - began
@@ -46,11 +55,11 @@ def run(
     "Execute an experiment notebook; what its folder already holds is not run again."
     from rg_tickets import notebooks
     began, given = time.monotonic(), notebooks.parsed(experiment, parameters or [])
-    folder = folder or Path(given.get("folder") or Path("runs") / experiment)
-    notebooks.run(experiment, folder, given)
+    folder = folder or Path(given.get("folder", Path("runs") / experiment))
+    with _stoppable(): notebooks.run(experiment, folder, given)
     _done(folder, began)
 
-# %% ../nbs/41_cli.ipynb #e424864b
+# %% ../nbs/41_cli.ipynb #ae2a2875
 @app.command()
 def demo(
     folder: Path = typer.Option(Path("runs/demo"), "--folder", "-f", help="where everything goes"),
@@ -60,10 +69,10 @@ def demo(
     from rg_tickets import notebooks
     began = time.monotonic()
     typer.echo(f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was.")
-    notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
+    with _stoppable(): notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
     _done(folder, began)
 
-# %% ../nbs/41_cli.ipynb #ae2a2875
+# %% ../nbs/41_cli.ipynb #e0bfa225
 def main():
     "Entry point of `rg-tickets`: what a user can mend is told in one line"
     try: app()
@@ -71,6 +80,3 @@ def main():
         if os.environ.get("RG_TICKETS_TRACEBACK"): raise
         typer.echo(f"rg-tickets: {e}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("\nrg-tickets: stopped. Finished rounds are kept; the same command goes on from there.", err=True)
-        sys.exit(130)

@@ -7,9 +7,7 @@ __all__ = ['LABELS', 'OBSERVABLES', 'PALETTE', 'Flow', 'observable', 'slope', 'm
            'exponents', 'contrast', 'difference', 'fixed_point_distance', 'plot_flow', 'plot_exponents', 'in_words']
 
 # %% ../nbs/30_flows.ipynb #8a088cd2
-import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -24,6 +22,11 @@ LABELS = ["task", "model", "control"]  # what is compared; runs that agree in th
 class Flow:
     "A tidy table of rounds, and the questions one asks of it"
     frame: pd.DataFrame  # columns LABELS, seed, n, t, density, metric, loss, tensor, count, alive, l1, l2, largest, smallest
+
+    def __post_init__(self):
+        twice = self.frame[self.frame.duplicated(LABELS + ["seed", "n", "tensor"])]
+        if len(twice): raise ValueError(f"two runs have the labels {twice[LABELS + ['seed']].iloc[0].to_dict()}, and would be added up: if they differ in width, epochs or the like, say so in their `model` label; "
+                                        "if they are two studies in one folder, keep them apart")
 
     @classmethod
     def of(
@@ -41,7 +44,7 @@ class Flow:
     @classmethod
     def read(cls, *paths):
         "Flows from CSV files, put together"
-        return cls(pd.concat([pd.read_csv(p, keep_default_na=False, na_values=["nan", ""], dtype={k: str for k in LABELS}) for p in paths], ignore_index=True))
+        return cls(pd.concat([pd.read_csv(p, keep_default_na=False, na_values={"loss": ["", "nan"]}, dtype={k: str for k in LABELS}) for p in paths], ignore_index=True))
 
     @classmethod
     def join(cls, *flows):
@@ -104,11 +107,7 @@ def _window(flow, labels, window):
     if isinstance(window, (list, tuple, range)): return list(window)
     rounds = sorted(flow.frame.n.unique())
     if lookup(window, {"matching": False, "all": True}, "fit window"): return rounds
-    real = dict(labels, control="imp")
-    try: return matching(flow.where(**real))
-    except ValueError as e:
-        if "one seed" in str(e): raise
-        return rounds  # a control whose task was not run
+    return matching(flow.where(**dict(labels, control="imp")))
 
 # %% ../nbs/30_flows.ipynb #380b7641
 def interval(
@@ -122,16 +121,15 @@ def interval(
     return values.mean(), se, values.mean() - half, values.mean() + half
 
 # %% ../nbs/30_flows.ipynb #aafdd772
-def _line_fits(r2, rms): return r2 >= .9 or rms <= .05
-
 def classify(
     low: float,  # lower end of the interval of sigma
     high: float,  # upper end
     r2: float = 1.,  # of the line
     rms: float = 0.,  # residual of ln(value)
+    least_r2: float = .9, most_rms: float = .05,  # a line fits if it explains this much or strays no more than this
 ) -> str:
-    "relevant, irrelevant, marginal (the interval holds 0), or unresolved (no line: R^2 < 0.9 and residual > 5 %)"
-    if not (np.isfinite([low, high]).all() and _line_fits(r2, rms)): return "unresolved"
+    "relevant, irrelevant, marginal (the interval holds 0), or unresolved (the line does not fit)"
+    if not (np.isfinite([low, high]).all() and (r2 >= least_r2 or rms <= most_rms)): return "unresolved"
     return "relevant" if low > 0 else "irrelevant" if high < 0 else "marginal"
 
 # %% ../nbs/30_flows.ipynb #458fc6e8
@@ -144,7 +142,9 @@ def slopes(
     "The exponent of each single run"
     obs, rows = observable(flow, kind, by), []
     for labels, part in obs.groupby(LABELS, sort=False):
-        rounds = _window(flow, dict(zip(LABELS, labels)), window)
+        shared = set.intersection(*part.groupby("seed").n.agg(set))  # rounds that every seed has reached
+        rounds = [n for n in _window(flow, dict(zip(LABELS, labels)), window) if n in shared]
+        if not rounds: raise ValueError(f"no round to fit for {labels}: the seeds share rounds {sorted(shared)}, the window is {window!r}")
         for (seed, group), g in part[part.n.isin(rounds)].sort_values("n").groupby(["seed", "group"], sort=False):
             rows.append(dict(zip(LABELS, labels), seed=seed, group=group, **slope(g.t.values, g.value.values), window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})"))
     return pd.DataFrame(rows)
@@ -157,7 +157,7 @@ def _summary(g, level, error):
     mean, se, low, high = interval(g.sigma, level)
     if n < 2 or error == "fit":
         se = np.sqrt((g.fit_error**2).mean() / n); half = stats.t.ppf((1 + level) / 2, max(1, g.points.iloc[0] - 2)) * se; low, high = mean - half, mean + half
-    return pd.Series(dict(sigma=mean, se=se, low=low, high=high, r2=g.r2.mean(), rms=g.rms.mean(), seeds=n, error="fit" if n < 2 or error == "fit" else "seeds",
+    return pd.Series(dict(sigma=mean, se=se, low=low, high=high, r2=g.r2.mean(), rms=g.rms.mean(), points=g.points.min(), seeds=n, error="fit" if n < 2 or error == "fit" else "seeds",
                           window=g.window.iloc[0], kind=classify(low, high, g.r2.mean(), g.rms.mean())))
 
 def exponents(
@@ -167,7 +167,7 @@ def exponents(
     window="matching",  # "matching", "all", or a list of rounds
     level: float = .95,  # confidence of the interval
     error: str = "auto",  # "seeds" insists on an interval over seeds, "fit" takes the fit's, "auto" the first if it can
-) -> pd.DataFrame:  # a row per LABELS and group: sigma, se, low, high, r2, rms, seeds, error, window, kind
+) -> pd.DataFrame:  # a row per LABELS and group: sigma, se, low, high, r2, rms, points (fewest of any seed), seeds, error, window, kind
     "Exponents sigma with standard errors, intervals and classes"
     lookup(error, dict.fromkeys(("auto", "seeds", "fit")), "error")
     s = slopes(flow, kind, by, window)
@@ -186,15 +186,15 @@ def contrast(
     a: pd.DataFrame,  # slopes of one experiment, from `slopes`
     b: pd.DataFrame,  # slopes of the other
     level: float = .95,  # confidence
-) -> pd.DataFrame:  # a row per group: group, dsigma, se, low, high, paired, kind
-    "Exponents of `a` minus those of `b`: seed by seed if the seeds are the same, else Welch's"
+) -> pd.DataFrame:  # a row per group: group, dsigma, se, low, high, paired, kind ("above", "below", "same")
+    "Exponents of `a` minus those of `b`: seed by seed for the seeds they share, else Welch's"
     rows = []
     for group in dict.fromkeys(a.group):
         x, y = (f[f.group == group].set_index("seed").sigma.sort_index() for f in (a, b))
         if min(len(x), len(y)) < 2: raise ValueError(f"a difference with an interval needs at least 2 seeds on both sides; {group!r} has {len(x)} and {len(y)}")
-        paired = x.index.equals(y.index)
-        d, se, low, high = interval(x - y, level) if paired else _welch(x, y, level)
-        rows.append(dict(group=group, dsigma=d, se=se, low=low, high=high, paired=paired, kind=classify(low, high)))
+        shared = x.index.intersection(y.index); paired = len(shared) > 1
+        d, se, low, high = interval(x[shared] - y[shared], level) if paired else _welch(x, y, level)
+        rows.append(dict(group=group, dsigma=d, se=se, low=low, high=high, paired=paired, kind="above" if low > 0 else "below" if high < 0 else "same"))
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_flows.ipynb #6b095101
@@ -214,25 +214,29 @@ def difference(
     return table[LABELS + [c for c in table if c not in LABELS]]
 
 # %% ../nbs/30_flows.ipynb #b4f6eafc
+def _variation(step): return np.abs(step).sum() / 2
+
 def fixed_point_distance(
     flow: Flow,  # any number of runs
     by: str = "block",  # grouping
-) -> pd.DataFrame:  # a row per LABELS, seed, n: t, distance, floor (nan for a single seed)
-    "Total variation of the shares between successive rounds per RG time, beside that between seeds"
+) -> pd.DataFrame:  # a row per LABELS, n: t, distance (mean over seeds), se (nan for one seed), floor (nan for one seed)
+    "Total variation of the shares between successive rounds per RG time, and the part of it that is noise"
     rows = []
     for labels, part in observable(flow, by=by).groupby(LABELS, sort=False):
         M = part.pivot_table(index=["seed", "n"], columns="group", values="value", sort=False)
-        t = part.drop_duplicates(["seed", "n"]).set_index(["seed", "n"]).t
-        seeds = list(dict.fromkeys(M.index.get_level_values("seed")))
-        for seed, n in M.index:
-            if (seed, n + 1) not in M.index: continue
-            dt, tv = t[seed, n + 1] - t[seed, n], lambda a, b: np.abs(M.loc[a].values - M.loc[b].values).sum() / 2
-            others = [tv((seed, n), (o, n)) for o in seeds if o != seed and (o, n) in M.index]
-            rows.append(dict(zip(LABELS, labels), seed=seed, n=n, t=t[seed, n], distance=tv((seed, n), (seed, n + 1)) / dt, floor=np.mean(others) / dt if others else np.nan))
+        t = part.groupby(["seed", "n"]).t.first()
+        for n in sorted(part.n.unique()):
+            seeds = [s for s in part.seed.unique() if (s, n + 1) in M.index and (s, n) in M.index and t[s, n + 1] > t[s, n]]
+            if not seeds: continue
+            steps = [(M.loc[s, n + 1] - M.loc[s, n]).values / (t[s, n + 1] - t[s, n]) for s in seeds]
+            pairs = [_variation(a - b) / 2**.5 for i, a in enumerate(steps) for b in steps[i + 1:]]
+            mean, se, _, _ = interval([_variation(s) for s in steps])
+            rows.append(dict(zip(LABELS, labels), n=n, t=np.mean([t[s, n] for s in seeds]), distance=mean, se=se, floor=np.mean(pairs) if pairs else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_flows.ipynb #fac3edc2
-PALETTE = {"relevant": "#0072B2", "irrelevant": "#D55E00", "marginal": "#888888", "unresolved": "#C9C9C9", "null": "#000000"}
+PALETTE = {"relevant": "#0072B2", "irrelevant": "#D55E00", "marginal": "#888888", "unresolved": "#C9C9C9", "null": "#000000",
+           "above": "#0072B2", "below": "#D55E00", "same": "#888888"}
 
 def _bare(ax):
     "Take the upper and right frame away"
@@ -275,7 +279,13 @@ def plot_exponents(
 
 
 # %% ../nbs/30_flows.ipynb #2456447c
-def _span(row, value): return f"{row.group} {row[value]:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+def _span(d): return ", ".join(f"{o.group} {o.dsigma:+.3f} [{o.low:+.3f}, {o.high:+.3f}]" for o in d.itertuples())
+
+def _beyond(d, what):
+    "Which differences leave out zero; if none does, the largest"
+    clear = d[d.kind != "same"]
+    tail = f": {_span(clear)}." if len(clear) else f"; the largest is {_span(d.loc[[d.dsigma.abs().idxmax()]])}."
+    return f"{what} {len(clear)} of {len(d)} exponents by more than the 95 % interval{tail}"
 
 def _one_task(flow, task, by, window):
     "What one task's exponents are, and what they are beside the null"
@@ -285,8 +295,9 @@ def _one_task(flow, task, by, window):
     if "untrained" in set(mine.frame.control):
         null = exponents(mine, by=by, window=window).query("control == 'untrained'").set_index("group").sigma
         d = difference(mine, by=by, window=window).query("control == 'imp'")
-        same = int((np.sign(e.set_index("group").sigma) == np.sign(null)).sum()); beyond = d[d.kind != "marginal"]
-        lines.append(f"  The untrained null has the same sign in {same} of {n}. Training moves {len(beyond)} of {n} exponents by more than the 95 % interval" + (f", most of all {_span(d.loc[d.dsigma.abs().idxmax()], 'dsigma')}." if len(d) else "."))
+        clear = e[e.kind.isin(["relevant", "irrelevant"])].set_index("group").sigma
+        same = int((np.sign(clear) == np.sign(null[clear.index])).sum())
+        lines.append(f"  The untrained null has the same sign in {same} of the {len(clear)} that have one. " + _beyond(d, "Training moves"))
     return lines
 
 def in_words(
@@ -298,6 +309,7 @@ def in_words(
     for task in tasks: lines += _one_task(flow, task, by, window)
     for i, a in enumerate(tasks):
         for b in tasks[i + 1:]:
-            c = contrast(*(slopes(real.where(task=t), by=by, window=window) for t in (a, b))); beyond = c[c.kind != "marginal"]
-            lines.append(f"{a} and {b}: {len(beyond)} of {len(c)} exponents differ by more than the 95 % interval; the largest difference is {_span(c.loc[c.dsigma.abs().idxmax()], 'dsigma')}.")
+            c = contrast(*(slopes(real.where(task=t), by=by, window=window) for t in (a, b)))
+            lines.append(_beyond(c, f"{a} and {b} differ in"))
+    lines.append("(Of many exponents that do not differ, one in twenty is expected beyond its 95 % interval by chance.)")
     return "\n".join(lines)

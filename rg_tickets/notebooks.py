@@ -6,11 +6,11 @@
 __all__ = ['experiments', 'parameters', 'checked', 'parsed', 'declared', 'run']
 
 # %% ../nbs/40a_notebooks.ipynb #929ce6a8
-import ast, contextlib, os, sys
+import ast, contextlib, os, re, sys
 from importlib.resources import as_file, files
 from pathlib import Path
 import nbformat
-from .basics import lookup
+from .basics import alone, lookup
 from .progress import watching
 from .runs import RunsFailed, writable
 
@@ -74,10 +74,11 @@ def declared(
     scope: dict,  # the notebook's globals(), before it defines anything else
 ) -> dict:  # parameter -> value
     "The notebook's parameters, after refusing names it does not declare and values of another type"
-    known = parameters(name); modules = type(sys)
-    own = {"In", "Out", "get_ipython", "exit", "quit", "open"}
-    strange = {k: v for k, v in scope.items() if not k.startswith("_") and k not in own and k not in known and not isinstance(v, modules) and not callable(v)}
-    checked(name, strange)
+    known = parameters(name)
+    if "_declared" not in scope:  # only the first time: later the notebook's own names are there too
+        own = lambda k, v: k in ("In", "Out") or re.fullmatch(r"__.*|_(i*\d*|oh|dh|ih|exit_code|\d+)", k) or callable(v) or isinstance(v, type(sys))
+        checked(name, {k: v for k, v in scope.items() if k not in known and not own(k, v)})
+    scope["_declared"] = name
     return checked(name, {k: scope[k] for k in known})
 
 # %% ../nbs/40a_notebooks.ipynb #adf5015c
@@ -89,9 +90,9 @@ def run(
     "Execute an experiment notebook into folder/notebook.ipynb, with progress bars here"
     import papermill
     folder, given = writable(folder), checked(name, dict(given or {}, folder=str(folder)))
-    (folder / "plan.json").unlink(missing_ok=True)  # the notebook makes its own
     out = folder / "notebook.ipynb"
-    with as_file(files("rg_tickets.experiments") / f"{name}.ipynb") as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
+    with alone(folder, ".notebook.lock"), as_file(files("rg_tickets.experiments") / f"{name}.ipynb") as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
+        (folder / "plan.json").unlink(missing_ok=True)  # the notebook makes its own
         try: papermill.execute_notebook(str(source), str(out), given, kernel_name="python3", progress_bar=False)
         except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})") from None
     return out

@@ -7,14 +7,15 @@ __all__ = ['Spec', 'build', 'execute', 'writable', 'grid', 'RunsFailed', 'trajec
 
 # %% ../nbs/40_runs.ipynb #fb834591
 import concurrent.futures as futures, contextlib, hashlib, json, multiprocessing, os, tempfile, threading, time, traceback
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import pandas as pd
 import torch
-from .basics import lookup, replacing
+from .basics import alone, lookup, replacing
 from .flows import Flow
 from .imp import CONTROLS, imp, policy
 from .masks import Schedule
+from .models.prunable import PRESETS
 from .models.resnets import MODELS, resnet
 from .progress import note, plan, watching
 from .tasks.images import TASKS, image_task
@@ -81,6 +82,11 @@ def _tables(home, spec, rounds):
     _write_csv(home / "rounds.csv", pd.DataFrame(plain))
     _write_csv(home / "flow.csv", Flow.of(rounds, spec.seed, task=spec.task, model=spec.model, control=spec.control).frame)
 
+def _rounds_kept(home):
+    "How many rounds a run's ticket holds already"
+    path = home / "ticket.safetensors"
+    return len(Ticket.load(path).rounds) if path.exists() else 0
+
 def execute(
     spec: Spec,  # what to run
     folder,  # the study's folder; the run's is folder/spec.id
@@ -92,13 +98,14 @@ def execute(
     home, where = writable(Path(folder) / spec.id), find_device(device)
     say = lambda n, step, steps, done=False: note(home, n, step, steps, spec.rounds, done)
     with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(spec), indent=1))
-    rounds = []
+    rounds, kept = [], _rounds_kept(home)
     with _one_thread(where):
         task, network = build(spec, root)
         for r in imp(task, network, spec.rounds, Schedule(spec.prune, spec.schedule), spec.rewind, Recipe(**spec.recipe), spec.seed, spec.control, spec.preset, spec.scope,
                      Ticket.load(ticket) if ticket else None, device=str(where), folder=home, report=say):
-            rounds.append(r); _tables(home, spec, rounds); say(r.n + 1, 0, 1)
-    say(spec.rounds + 1, 0, 1, done=True)
+            rounds.append(r); say(r.n + 1, 0, 1)
+            if len(rounds) >= kept: _tables(home, spec, rounds)  # never fewer rounds than were there before
+    say(spec.rounds + 1, 0, 1, done=True); (home / "error.txt").unlink(missing_ok=True)
     return home
 
 # %% ../nbs/40_runs.ipynb #2e49f94b
@@ -138,6 +145,7 @@ def _worker(parent):
 
 def _attempt(spec, folder, kwargs):
     "Run a spec; None, or the last line of what went wrong, with the traceback kept beside the run"
+    if _follows(spec): kwargs = dict(kwargs, ticket=Path(folder) / _source(spec).id / "ticket.safetensors")
     try: execute(spec, folder, **kwargs)
     except Exception as e:
         with contextlib.suppress(OSError): (Path(folder) / spec.id / "error.txt").write_text(traceback.format_exc())
@@ -146,37 +154,55 @@ def _attempt(spec, folder, kwargs):
 # %% ../nbs/40_runs.ipynb #6a76d8c8
 def _jobs(jobs, device):
     "How many worker processes: as asked, or a core each on the CPU and one on an accelerator"
-    return jobs or (os.cpu_count() if find_device(device).type == "cpu" else 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return jobs or (cores if find_device(device).type == "cpu" else 1)
 
-def _attempts(specs, folder, jobs, kwargs):
-    "Yield (spec, complaint or None) as runs end"
+def _pool(specs, folder, jobs, kwargs):
+    "Yield (spec, complaint or None) as runs end; specs whose worker was killed come last, with the complaint `...`"
     if jobs == 1 or len(specs) == 1:
         for s in specs: yield s, _attempt(s, folder, kwargs)
         return
-    pool = futures.ProcessPoolExecutor(min(jobs, len(specs)), multiprocessing.get_context("spawn"), _worker, (os.getpid(),))
-    with pool:
+    with futures.ProcessPoolExecutor(min(jobs, len(specs)), multiprocessing.get_context("spawn"), _worker, (os.getpid(),)) as pool:
         tasks = {pool.submit(_attempt, s, folder, kwargs): s for s in specs}
         for f in futures.as_completed(tasks):
             try: yield tasks[f], f.result()
-            except futures.BrokenExecutor: yield tasks[f], "its worker was killed (out of memory?); start again, finished rounds are kept"
+            except futures.BrokenExecutor: yield tasks[f], ...
+
+def _attempts(specs, folder, jobs, kwargs):
+    "The same, with one more try, by half the workers, for what a killed worker left"
+    left = []
+    for s, complaint in _pool(specs, folder, jobs, kwargs):
+        if complaint is ...: left.append(s)
+        else: yield s, complaint
+    for s, complaint in _pool(left, folder, max(2, jobs // 2), kwargs) if left else ():
+        yield s, "its worker was killed, twice (out of memory?); start again with fewer jobs, finished rounds are kept" if complaint is ... else complaint
 
 # %% ../nbs/40_runs.ipynb #e87cc5af
-def _plausible(spec):
+def _follows(spec): return CONTROLS[spec.control].rank == "given"
+
+def _source(spec): return replace(spec, control="imp")
+
+def _plausible(spec, specs):
     "Refuse a spec of which no run can be made, before any process is started for it"
-    for name, table, kind in ((spec.task.split("/")[0], TASKS, "task"), (spec.model, MODELS, "model"), (spec.control, CONTROLS, "control")): lookup(name, table, kind)
+    for name, table, kind in ((spec.task.split("/")[0], TASKS, "task"), (spec.model, MODELS, "model"), (spec.control, CONTROLS, "control"), (spec.preset, PRESETS, "preset")): lookup(name, table, kind)
+    for name in spec.recipe: lookup(name, {f.name: f for f in fields(Recipe)}, "field of a recipe")
     policy(spec.rewind); Schedule(spec.prune, spec.schedule); Recipe(**spec.recipe)
+    if spec.rounds != int(spec.rounds) or spec.rounds < 0: raise ValueError(f"rounds={spec.rounds} is not a number of prunings")
+    if _follows(spec) and _source(spec).id not in {s.id for s in specs}: raise ValueError(f"the control {spec.control!r} follows the tickets of the real runs: add 'imp' to the controls")
 
 def trajectories(
     specs: list,  # of Spec
     folder,  # the study's folder
     jobs: int = 0,  # worker processes; 0: one per core, or one if there is an accelerator
-    **kwargs,  # device, root, ticket: see `execute`
+    **kwargs,  # device, root: see `execute`
 ) -> Flow:  # of all runs
     "Run all specs, side by side, and give their flows; what is done already is not done again"
-    for s in specs: _plausible(s)
-    folder = writable(folder)
-    plan(folder, specs)
-    with watching(folder): ended = list(_attempts(specs, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs))
+    specs, folder = list({s.id: s for s in specs}.values()), writable(folder)
+    for s in specs: _plausible(s, specs)
+    with alone(folder), watching(folder):
+        plan(folder, specs)
+        waves = [[s for s in specs if _follows(s) == wave] for wave in (False, True)]
+        ended = [o for wave in waves if wave for o in _attempts(wave, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs)]
     failed = [f"  {s}: {complaint}" for s, complaint in ended if complaint]
     if failed: raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, the others are complete:\n" + "\n".join(failed) + f"\nTracebacks are in {folder}/<run>/error.txt")
     return collect(folder, specs)

@@ -83,7 +83,7 @@ def test_killed_and_restarted(name, share, tmp_path, request):
     while sum(seen.values()) < kills:
         folder = tmp_path / str(complete); home = folder / spec.id
         before = set(home.iterdir()) if home.exists() else set()
-        for name in ("config.json", "progress.json"): (home / name).unlink(missing_ok=True)  # notes, so that what is read below is this process's
+        for f in ("config.json", "progress.json"): (home / f).unlink(missing_ok=True)  # notes, so that what is read below is this process's
         process = start(spec, folder)
         wait_for(home / "config.json", process)
         let_live(process, home, next(kinds), draw, length)

@@ -1,8 +1,10 @@
 """Re-run notebooks in place and store their outputs: python .ci/refresh.py nbs/20_masks.ipynb ...
 
 Cells marked `#| eval: false`, and cells marked `#| slow` or `#| cuda`, are left as they are, outputs included
-(`--force slow` runs those too). Figures are stored as PNG at 80 dpi, then the notebook is cleaned."""
+(`--force slow` runs those too). Figures are stored as PNG at 80 dpi with 64 colours, then the notebook is cleaned."""
 import argparse
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,6 +15,23 @@ from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb, process_write
 from nbdev.config import get_config
 from nbdev.process import extract_directives
+from PIL import Image
+
+
+def smaller(png):
+    "A base64 PNG with a palette of 64 colours, a quarter of the size"
+    image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    if image.mode == "P": return png
+    image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def shrink(nb):
+    "Make the figures of a notebook smaller, in place"
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data: data["image/png"] = smaller("".join(data["image/png"]))
 
 
 def refresh(path, force=()):
@@ -31,6 +50,7 @@ def refresh(path, force=()):
         shell = CaptureShell(path, mpl_format="png")
         shell.run_cell("import matplotlib as _m; _m.rcParams.update({'figure.dpi': 80, 'savefig.bbox': 'tight'}); del _m")
         shell.run_all(nb, exc_stop=True, preproc=skip)
+    shrink(nb)
     write_nb(nb, path)
     process_write(warn_msg=f"could not clean {path}", proc_nb=lambda nb: clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=True), f_in=path)
 

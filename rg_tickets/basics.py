@@ -92,7 +92,9 @@ def alone(
     lock = filelock.FileLock(folder / name)
     try: lock.acquire(timeout=0)
     except filelock.Timeout: raise RuntimeError(f"another process is working on {folder}: wait for it, or choose another folder") from None
-    try: yield
+    try:
+        for litter in folder.glob(".*.tmp"): litter.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        yield
     finally: lock.release()
 
 # %% ../nbs/00_basics.ipynb #46d8ce70

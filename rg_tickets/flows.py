@@ -9,10 +9,11 @@ __all__ = ['LABELS', 'OBSERVABLES', 'PALETTE', 'Flow', 'observable', 'slope', 'm
 # %% ../nbs/30_flows.ipynb #8a088cd2
 from dataclasses import asdict, dataclass
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .basics import lookup
+from .basics import lookup, patch_to
 from .models.prunable import groups
 
 # %% ../nbs/30_flows.ipynb #02c19c46
@@ -36,6 +37,7 @@ class Flow:
         **labels,  # task=..., model=..., control=...
     ):
         "The flow of one run"
+        for k in labels: lookup(k, dict.fromkeys(LABELS), "label")
         rounds = [r if isinstance(r, dict) else asdict(r) for r in rounds]
         rows = [{**{k: labels.get(k, "") for k in LABELS}, "seed": seed, "n": r["n"], "t": r["time"], "density": r["density"],
                  "metric": [v for k, v in r["metrics"].items() if k != "loss"][0], "loss": r["loss"], **t} for r in rounds for t in r["tensors"]]
@@ -51,11 +53,14 @@ class Flow:
         "Several flows as one"
         return cls(pd.concat([f.frame for f in flows], ignore_index=True))
 
-    def where(self, **labels):
-        "The part of the flow with these labels; a value or a list of values each"
-        keep = np.logical_and.reduce([self.frame[k].isin(v if isinstance(v, (list, tuple)) else [v]) for k, v in labels.items()])
-        if not keep.any(): raise ValueError(f"no run has {labels}; there are {self.frame[list(labels)].drop_duplicates().to_dict('records')}")
-        return Flow(self.frame[keep])
+# %% ../nbs/30_flows.ipynb #eeb18972
+@patch_to(Flow)
+def where(self, **labels):
+    "The runs with these labels (or seeds); a value or a list of values each"
+    for k in labels: lookup(k, dict.fromkeys(LABELS + ["seed"]), "label")
+    keep = np.logical_and.reduce([self.frame[k].isin(v if isinstance(v, (list, tuple)) else [v]) for k, v in labels.items()])
+    if not keep.any(): raise ValueError(f"no run has {labels}; there are {self.frame[list(labels)].drop_duplicates().to_dict('records')}")
+    return Flow(self.frame[keep])
 
 # %% ../nbs/30_flows.ipynb #80a65fb4
 OBSERVABLES = {
@@ -255,7 +260,8 @@ def plot_flow(
         g = obs[obs.group == name].groupby("n").agg(t=("t", "mean"), m=("value", "mean"), s=("value", "std"))
         ax.plot(g.t, g.m, "o-", ms=3, color=colour); ax.fill_between(g.t, g.m - g.s.fillna(0), g.m + g.s.fillna(0), color=colour, alpha=.25, lw=0)
         ax.annotate(f" {name}", (g.t.iloc[-1], g.m.iloc[-1]), color=colour, va="center", fontsize=8)
-    ax.set(yscale="log", xlabel="RG time  t = ln N/alive", ylabel={"share": "share of surviving magnitude  $M_i$"}.get(kind, kind))
+    ax.set_yscale("log"); ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="RG time  t = ln N/alive", ylabel={"share": "share of surviving magnitude  $M_i$"}.get(kind, kind))
     return ax
 
 # %% ../nbs/30_flows.ipynb #dfcb47b3

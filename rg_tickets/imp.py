@@ -222,6 +222,7 @@ def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, pres
                  initial=digest(network.state_dict()), masks=digest(ticket.history.died) if ticket else None, versions=dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type))
     return _Run(task, network, recipe, seed, schedule, scope, how, what, k, params, history, about, report or (lambda *a: None), folder, every)
 
+# %% ../nbs/23_imp.ipynb #e50c5c95
 def _sensible(how, k, recipe, per_epoch):
     "Refuse a rewind point beyond the recipe's end, and fine-tuning at a rate that trains nothing"
     end = recipe.epochs * per_epoch
@@ -243,6 +244,7 @@ def _enough(schedule, total, rounds):
     "Refuse a schedule that would leave nothing"
     alive = total
     for n in range(1, rounds + 1):
+        if not schedule.remove(alive, total): raise ValueError(f"{rounds} rounds of pruning at rate {schedule.rate} come to an end in round {n}: of the {alive} weights left it would remove none. Ask for {n - 1} rounds or fewer")
         alive -= schedule.remove(alive, total)
         if alive < 1: raise ValueError(f"{rounds} rounds of {schedule.rule} pruning at rate {schedule.rate} would leave none of the {total} weights in round {n}: a density of 0 is no network")
 

@@ -203,8 +203,11 @@ def trajectories(
         plan(folder, specs)
         waves = [[s for s in specs if _follows(s) == wave] for wave in (False, True)]
         ended = [o for wave in waves if wave for o in _attempts(wave, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs)]
-    failed = [f"  {s}: {complaint}" for s, complaint in ended if complaint]
-    if failed: raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, the others are complete:\n" + "\n".join(failed) + f"\nTracebacks are in {folder}/<run>/error.txt")
+    failed = {}
+    for s, complaint in ended:
+        if complaint: failed.setdefault(complaint, []).append(str(s))
+    if failed: raise RunsFailed(f"{sum(map(len, failed.values()))} of {len(specs)} runs failed, the others are complete; tracebacks are in {folder}/<run>/error.txt. "
+                                + "; ".join(f"{', '.join(runs[:3])}{' ...' if len(runs) > 3 else ''}: {complaint}" for complaint, runs in failed.items()))
     return collect(folder, specs)
 
 def collect(

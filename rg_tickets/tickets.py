@@ -91,6 +91,14 @@ def load_tensors(
     "Read a file back, or raise a TicketError that says what is wrong with it; no code in the file is ever run"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(path))
+    for last in (False, False, True):
+        file = path.stat().st_ino
+        try: return _load(path, kind)
+        except TicketError:
+            if last or path.stat().st_ino == file: raise  # else it was replaced while we read: look again
+
+def _load(path, kind):
+    "One attempt of `load_tensors`"
     try:
         with safe_open(path, "pt") as f:
             note = _note(path, kind, f)

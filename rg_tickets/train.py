@@ -193,14 +193,21 @@ def refine(
     return loss
 
 # %% ../nbs/22_train.ipynb #fdfbdec8
-def pack(network: nn.Module, opt: torch.optim.Optimizer | None = None) -> dict:
+def pack(
+    network: nn.Module,  # half trained
+    opt: torch.optim.Optimizer | None = None,  # its optimizer, if that is to go on too
+) -> dict:  # name -> tensor
     "Weights, buffers and optimizer state as name -> tensor"
     state = {f"network/{k}": t for k, t in network.state_dict().items()}
     for i, entry in (opt.state_dict()["state"] if opt else {}).items():
         state |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None}
     return state
 
-def unpack(state: dict, network: nn.Module, opt: torch.optim.Optimizer | None = None):
+def unpack(
+    state: dict,  # what `pack` gave
+    network: nn.Module,  # changed in place
+    opt: torch.optim.Optimizer | None = None,  # changed in place
+):
     "Put what `pack` gave back into a network and an optimizer built alike"
     network.load_state_dict({k.removeprefix("network/"): t for k, t in state.items() if k.startswith("network/")})
     if opt is None: return

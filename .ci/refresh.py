@@ -1,7 +1,7 @@
 """Re-run notebooks in place and store their outputs: python .ci/refresh.py nbs/20_masks.ipynb ...
 
 Cells marked `#| eval: false`, and cells marked `#| slow` or `#| cuda`, are left as they are, outputs included
-(`--force slow` runs those too). Figures are stored as PNG at 80 dpi with 64 colours, then the notebook is cleaned."""
+(`--force slow` runs those too). Figures are stored as PNG at 80 dpi with 256 colours, then the notebook is cleaned."""
 import argparse
 import base64
 import io
@@ -19,10 +19,10 @@ from PIL import Image
 
 
 def smaller(png):
-    "A base64 PNG with a palette of 64 colours, a quarter of the size"
+    "A base64 PNG with a palette of 256 colours, half the size"
     image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
     if image.mode == "P": return png
-    image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 

@@ -235,8 +235,9 @@ def _peek(task, network, seed, recipe):
     with seeded(seed, "peek"): batch = next(task.data.to(next(network.parameters()).device).batches(seed, 0, recipe.batch_size))
     training = network.training; network.eval()
     with torch.no_grad():
-        task(network, batch)
-        if not task.objective: output = network(batch[0]).float(); [float(f(output, batch[1])) for f in task.metrics.values()]
+        if not task.objective:  # an objective of one's own may keep a state that a trial would change
+            output = network(batch[0]).float()
+            for score in (task.loss, *task.metrics.values()): float(score(output, batch[1]))
     network.train(training)
     return task.about or dict(first_batch=digest({str(i): o for i, o in enumerate(batch)}), loss=getattr(task.loss, "__qualname__", type(task.loss).__name__), metrics=list(task.metrics))
 

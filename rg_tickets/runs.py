@@ -190,6 +190,7 @@ def _plausible(spec, specs):
     if spec.rounds != int(spec.rounds) or spec.rounds < 0: raise ValueError(f"rounds={spec.rounds} is not a number of prunings")
     if _follows(spec) and _source(spec).id not in {s.id for s in specs}: raise ValueError(f"the control {spec.control!r} follows the tickets of the real runs: add 'imp' to the controls")
 
+# %% ../nbs/40_runs.ipynb #02c707c0
 def trajectories(
     specs: list,  # of Spec
     folder,  # the study's folder
@@ -197,8 +198,9 @@ def trajectories(
     **kwargs,  # device, root: see `execute`
 ) -> Flow:  # of all runs
     "Run all specs, side by side, and give their flows; what is done already is not done again"
-    specs, folder = list({s.id: s for s in specs}.values()), writable(folder)
+    specs = list({s.id: s for s in specs}.values())
     for s in specs: _plausible(s, specs)
+    folder = writable(folder)
     with alone(folder), watching(folder):
         plan(folder, specs)
         waves = [[s for s in specs if _follows(s) == wave] for wave in (False, True)]
@@ -210,6 +212,7 @@ def trajectories(
                                 + "; ".join(f"{', '.join(runs[:3])}{' ...' if len(runs) > 3 else ''}: {complaint}" for complaint, runs in failed.items()))
     return collect(folder, specs)
 
+# %% ../nbs/40_runs.ipynb #5088c294
 def collect(
     folder,  # the study's folder
     specs: list | None = None,  # which runs; by default all that are there

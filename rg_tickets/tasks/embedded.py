@@ -113,13 +113,14 @@ FONTS = tuple(  # fonts with digits, Latin, Greek and Cyrillic letters
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique "
     "DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic "
     "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta".split())
-LATIN_FONTS = FONTS + ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")  # fonts with digits and Latin letters
+_TTF = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+LATIN_FONTS = FONTS + ("cmr10", "cmb10", "cmss10", "cmtt10") + (("cmti10",) if (_TTF / "cmti10.ttf").exists() else ())  # fonts with digits and Latin letters
 HELD_OUT = ("DejaVuSerif-Italic", "STIXGeneralBol", "DejaVuSansMono-Oblique", "cmss10", "DejaVuSans-Bold")  # fonts for the test only
 
 # %% ../../nbs/13a_embedded.ipynb #652ff89f
 def _stamps(characters, font):
     "Each character drawn white on black, upright and centred, as a 64x64 picture"
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    path = _TTF / f"{font}.ttf"
     if not path.exists(): raise FileNotFoundError(f"this matplotlib ships without its font {font}: pip install --force-reinstall matplotlib")
     face, stamps = ImageFont.truetype(str(path), 40), []
     for c in characters:

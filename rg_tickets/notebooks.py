@@ -93,7 +93,7 @@ def run(
     out = folder / "notebook.ipynb"
     with alone(folder, ".notebook.lock"), as_file(files("rg_tickets.experiments") / f"{name}.ipynb") as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
         (folder / "plan.json").unlink(missing_ok=True)  # the notebook makes its own
-        try: papermill.execute_notebook(str(source), str(out), given, kernel_name="python3", progress_bar=False)
+        try: papermill.execute_notebook(str(source), str(out), given, kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
         except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})") from None
     return out
 

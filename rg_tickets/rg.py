@@ -156,7 +156,7 @@ def flow_field(
     U, V = torch.where(move.isfinite().all(1, keepdim=True), move, torch.nan).T.numpy().reshape(2, *X.shape)
     return X, Y, U, V
 
-# %% ../nbs/01_rg.ipynb #762834ba
+# %% ../nbs/01_rg.ipynb #d548eb6c
 def _trajectories(x, rounds, positive):
     "`x` as an array [runs, rounds, d] in which everything needed holds"
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=float)
@@ -167,7 +167,6 @@ def _trajectories(x, rounds, positive):
     if len(bad): raise ValueError(f"x[run {bad[0][0]}, round {bad[0][1]}, component {bad[0][2]}] is {x[tuple(bad[0])]}: values must be finite{' and positive to have a logarithm' if positive else ''}; leave out that round or component")
     return x
 
-# %% ../nbs/01_rg.ipynb #bdab5642
 def log_slopes(
     x,  # [runs, rounds, d] positive quantities, or [rounds, d] for a single run
     t,  # [rounds] RG time, increasing; n ln b for equal rounds
@@ -194,6 +193,14 @@ def _fit(a, b, ridge, affine):
     T = np.diag(diag) + rest.T
     return T, b0 - T @ a0, diag, b0 - diag * a0
 
+def _spacing(t, rounds):
+    "RG time of one step; `t` must be evenly spaced"
+    if t is None: return 1.
+    steps = np.diff(np.asarray(t, dtype=float))
+    if steps.shape != (rounds - 1,) or not (steps > 0).all() or np.ptp(steps) > .05 * steps.mean():
+        raise ValueError(f"t must give {rounds} increasing RG times, evenly spaced to 5 %, for one map to describe every round; its steps are {steps.round(4).tolist()}")
+    return steps.mean()
+
 # %% ../nbs/01_rg.ipynb #5c39e05a
 def _bootstrap(a, b, ridge, affine, values, n, seed):
     "Half-width [d] of the 95 % interval of the eigenvalues' real parts, resampling runs"
@@ -212,6 +219,14 @@ def _left_out(a, b, ridge, affine, log):
         power = a[r] + (y - x).mean(0) if log else a[r] * (x * y).sum(0) / (x * x).sum(0)
         errors.append([((o - b[r])**2).mean() for o in (power, a[r] * diag + c_diag, a[r] @ T.T + c)])
     return np.array(errors)
+
+def _no_gain(f):
+    gain = f.errors[:, 1] - f.errors[:, 2]; n = len(gain)
+    return None if n < 2 else bool(gain.mean() <= max(stats.t.ppf(.95, n - 1) * gain.std(ddof=1) / np.sqrt(n), 1e-9 * f.scale))
+
+def _table(f):
+    with np.errstate(divide="ignore"): y = np.log(abs(f.eigenvalues)) / f.dt
+    return pd.DataFrame({"eigenvalue": f.eigenvalues, "low": f.low, "high": f.high, "y": y, "lambda_diag": f.lambda_diag[np.argsort(-abs(f.lambda_diag))]})
 
 # %% ../nbs/01_rg.ipynb #26b2dd94
 @dataclass(eq=False)
@@ -232,29 +247,10 @@ class Dmd:
     error_power = property(lambda self: np.sqrt((self.errors[:, 0]**2).mean()), doc="rms one-step error of x' = lambda x, per component")
     error_diagonal = property(lambda self: np.sqrt((self.errors[:, 1]**2).mean()), doc="rms one-step error of the diagonal map")
     error_full = property(lambda self: np.sqrt((self.errors[:, 2]**2).mean()), doc="rms one-step error of the full map")
-
-    @property
-    def diagonal(self):
-        "True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run"
-        gain = self.errors[:, 1] - self.errors[:, 2]; n = len(gain)
-        if n < 2: return None
-        return bool(gain.mean() <= max(stats.t.ppf(.95, n - 1) * gain.std(ddof=1) / np.sqrt(n), 1e-9 * self.scale))
-
-    @property
-    def table(self):
-        "Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size"
-        with np.errstate(divide="ignore"): y = np.log(abs(self.eigenvalues)) / self.dt
-        return pd.DataFrame({"eigenvalue": self.eigenvalues, "low": self.low, "high": self.high, "y": y, "lambda_diag": self.lambda_diag[np.argsort(-abs(self.lambda_diag))]})
+    diagonal = property(lambda self: _no_gain(self), doc="True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run")
+    table = property(lambda self: _table(self), doc="Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size")
 
 # %% ../nbs/01_rg.ipynb #71a55598
-def _spacing(t, rounds):
-    "RG time of one step; `t` must be evenly spaced"
-    if t is None: return 1.
-    steps = np.diff(np.asarray(t, dtype=float))
-    if steps.shape != (rounds - 1,) or not (steps > 0).all() or np.ptp(steps) > .05 * steps.mean():
-        raise ValueError(f"t must give {rounds} increasing RG times, evenly spaced to 5 %, for one map to describe every round; its steps are {steps.round(4).tolist()}")
-    return steps.mean()
-
 def dmd(
     x,  # [runs, rounds, d] trajectories, or [rounds, d] for a single run (then bootstrap=0)
     t=None,  # [rounds] RG time, evenly spaced; None counts rounds

@@ -9,7 +9,7 @@ __all__ = ['FONTS', 'LATIN_FONTS', 'HELD_OUT', 'PHOTOGRAPHS', 'EMBEDDED', 'Pictu
 # %% ../../nbs/13a_embedded.ipynb #3f16ede8
 import gzip, importlib, math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 import matplotlib

@@ -45,6 +45,8 @@ def refresh(path, force=()):
         return directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys())
 
     nb = read_nb(path)
+    for cell in nb.cells:
+        if not skip(cell): cell.outputs = []  # a cell that prints nothing any more would keep what it printed before
     sys.path.insert(0, str(get_config().config_path))
     with working_directory(path.parent):
         shell = CaptureShell(path, mpl_format="png")

@@ -86,16 +86,17 @@ def observable(
 
 # %% ../nbs/30_flows.ipynb #ef9073ba
 def slope(
-    t: np.ndarray,  # [rounds] RG time
-    value: np.ndarray,  # [rounds] an observable, positive; zeros (a group that died) are left out
-) -> dict:  # sigma, its fit error, r2, rms residual, number of rounds used
-    "Least-squares line through ln(value) against t"
+    t: np.ndarray,  # [..., rounds] RG time
+    value: np.ndarray,  # [..., rounds] an observable, positive; zeros (a group that died) and nan (a round not there) are left out
+) -> dict:  # sigma, its fit error, r2, rms residual, number of rounds used: [...] each
+    "Least-squares lines through ln(value) against t, all at once"
     ok = value > 0
-    if ok.sum() < 3: return dict(sigma=np.nan, fit_error=np.nan, r2=np.nan, rms=np.nan, points=int(ok.sum()))
-    x, y = t[ok], np.log(value[ok])
-    fit = stats.linregress(x, y)
-    rms = np.sqrt(np.mean((y - fit.intercept - fit.slope * x)**2))
-    return dict(sigma=fit.slope, fit_error=fit.stderr, r2=fit.rvalue**2, rms=rms, points=int(ok.sum()))
+    points = ok.sum(-1); n = np.where(points > 2, points, np.nan)
+    center = lambda a: np.where(ok, a - np.where(ok, a, 0).sum(-1, keepdims=True) / n[..., None], 0)
+    x, y = center(t), center(np.log(np.where(ok, value, 1)))
+    xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
+    sigma = xy / xx; rest = ((y - sigma[..., None] * x)**2).sum(-1)
+    return dict(sigma=sigma, fit_error=np.sqrt(rest / (n - 2) / xx), r2=np.divide(xy**2, xx * yy, out=np.zeros_like(yy), where=yy > 0)[()], rms=np.sqrt(rest / n), points=points)
 
 # %% ../nbs/30_flows.ipynb #2d6c8aa6
 def matching(
@@ -150,9 +151,10 @@ def slopes(
         shared = set.intersection(*part.groupby("seed").n.agg(set))  # rounds that every seed has reached
         rounds = [n for n in _window(flow, dict(zip(LABELS, labels)), window) if n in shared]
         if not rounds: raise ValueError(f"no round to fit for {labels}: the seeds share rounds {sorted(shared)}, the window is {window!r}")
-        for (seed, group), g in part[part.n.isin(rounds)].sort_values("n").groupby(["seed", "group"], sort=False):
-            rows.append(dict(zip(LABELS, labels), seed=seed, group=group, **slope(g.t.values, g.value.values), window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})"))
-    return pd.DataFrame(rows)
+        part = part[part.n.isin(rounds)]
+        wide = part.pivot(index=["seed", "group"], columns="n", values=["t", "value"]).reindex(pd.MultiIndex.from_frame(part[["seed", "group"]].drop_duplicates()))
+        rows.append(wide.index.to_frame(index=False).assign(**dict(zip(LABELS, labels)), **slope(wide.t.values, wide.value.values), window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})"))
+    return pd.concat(rows, ignore_index=True)[[*LABELS, "seed", "group", "sigma", "fit_error", "r2", "rms", "points", "window"]]
 
 # %% ../nbs/30_flows.ipynb #e51704e0
 def _summary(g, level, error):

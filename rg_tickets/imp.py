@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Callable, Iterator
 import torch
 import rg_tickets
-from .basics import alone, generator, lookup, patch_to, seeded
-from .masks import ALIVE, MaskHistory, Schedule, check_finite, prune as coarse_grain, random_scores, shuffled
+from .basics import generator, lookup, patch_to, seeded
+from .masks import ALIVE, MaskHistory, Schedule, prune as coarse_grain, random_scores, shuffled
 from .models.prunable import prunable
+from .ranks import World, world as find_world
+from .selection import check_finite
 from .rewind import PARTS, Policy, Snapshot, policy
 from .tasks.core import Task, evaluate
 from .tickets import Ticket, TicketError, digest, load_tensors, save_tensors
-from .train import Diverged, Masked, Recipe, device as find_device, optimizer, pack, refine, unpack
+from .train import Diverged, Masked, Recipe, optimizer, pack, place, refine, unpack
 
 # %% ../nbs/23_imp.ipynb #a841431a
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Run:
     resumed: dict | None = None  # header of the state found on disk
     opt: torch.optim.Optimizer | None = None
     threshold: float = 0.
+    world: World = World()
 
     @property
     def end(self):
@@ -127,7 +130,8 @@ def refine(self, n):
     self.opt = self.opt or optimizer(self.network, self.recipe)
     if self.resumed and self.resumed["n"] == n:
         start, loss = self.resumed["step"], self.resumed["loss"]; self.load_state()
-    done = refine(self.task, self.network, self.recipe, self.seed, self.masked, start, self.end, self.rate(n), self.opt, self.keeper(n))
+    with self.world.spread(self.network):
+        done = refine(self.task, self.network, self.recipe, self.seed, self.masked, start, self.end, self.rate(n), self.opt, self.keeper(n))
     return done if start < self.end else loss
 
 # %% ../nbs/23_imp.ipynb #51d5821c
@@ -135,7 +139,7 @@ def refine(self, n):
 def measure(self, n, loss):
     "The round as plain data; a network that diverged is an error, not a round"
     masks = self.history.mask(n); check_finite(self.params)
-    metrics = evaluate(self.task, self.network, self.recipe.precision)
+    metrics = self.world.same(evaluate(self.task, self.network, self.recipe.precision))
     if not math.isfinite(metrics["loss"]): raise Diverged(f"the test loss of {self.task.name!r} is {metrics['loss']} after round {n}: training diverged; lower the learning rate, or set clip=1.0")
     return Round(n, self.history.time(n), self.history.density(n), loss, metrics, self.threshold, measure(self.params, masks))
 
@@ -150,7 +154,7 @@ def coarse_grain(self, n):
 @patch_to(_Run)
 def save(self):
     "Replace the ticket on disk"
-    if self.folder: self.ticket().save(self.folder / "ticket.safetensors")
+    if self.folder: self.world.once(lambda: self.ticket().save(self.folder / "ticket.safetensors"))
 
 @patch_to(_Run)
 def ticket(self):
@@ -169,7 +173,8 @@ def load_state(self):
 
 @patch_to(_Run)
 def keeper(self, n):
-    "What to do after each epoch of round n: report, and put the state aside if it is time to"
+    "What to do after each epoch of round n, on rank 0: report, and put the state aside if it is time to"
+    if not self.world.lead: return None
     last = time.monotonic()
     def after_epoch(step, network, opt, loss):
         nonlocal last
@@ -198,6 +203,18 @@ def resume(self, last):
     return True
 
 @patch_to(_Run)
+def agree(self, when):
+    "All ranks hold the same weights and the same masks, or none goes on"
+    self.world.agree(when, self.about | {f"{part} {k}": t for part, d in (("weights", self.network.state_dict()), ("mask", self.history.died)) for k, t in d.items()})
+
+@patch_to(_Run)
+def take_up(self, last):
+    "Resume on every rank or on none"
+    found = bool(self.folder and self.resume(last))
+    self.world.agree("taking up the run", dict(found=found, rounds=len(self.rounds), state=self.resumed, weights=digest(self.snapshot.state if found else {})))
+    return found
+
+@patch_to(_Run)
 def find_state(self, over):
     "Look for a training put aside: one of the coming round is taken up, an earlier one gives its weights to the coming round"
     n = len(self.rounds)
@@ -208,19 +225,19 @@ def find_state(self, over):
     elif self.carries and 0 < n and not over: raise TicketError(f"{self.folder} has lost its state.safetensors, and with it the weights that round {n} goes on from: delete the folder and run again")
 
 # %% ../nbs/23_imp.ipynb #fd2e677d
-def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, device, folder, report, every):
+def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, world, device, folder, report, every):
     "Check the arguments, and build the run they describe"
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0: raise ValueError(f"rounds must be a whole number, 0 or more, not {rounds!r}")
     if rounds >= ALIVE: raise ValueError(f"rounds={rounds}: a history holds at most {ALIVE - 1}; prune more per round")
     per_epoch = task.data.steps(recipe.batch_size); what, (how, k) = lookup(control, CONTROLS, "control"), policy(rewind, per_epoch)
     _sensible(how, k, recipe, per_epoch)
-    network.to(device); params = prunable(network, preset); history = MaskHistory.dense(params)
+    device = world.device(device); place(network, device); params = prunable(network, preset); history = MaskHistory.dense(params)
     if what.rank == "given": history = _follow(ticket, history, what, seed, rounds, control)
     else: counts(schedule, history, scope); _enough(schedule, history.total, rounds)
     about = dict(task=task.name, data=_peek(task, network, seed, recipe), model=getattr(network, "name", type(network).__name__), control=control, seed=seed, rounds=rounds, prune=asdict(schedule), scope=scope,
                  rewind=rewind if isinstance(rewind, str) else asdict(rewind), prunable=preset if isinstance(preset, str) else list(params), recipe=asdict(recipe),
-                 initial=digest(network.state_dict()), masks=digest(ticket.history.died) if ticket else None, versions=dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type))
-    return _Run(task, network, recipe, seed, schedule, scope, how, what, k, params, history, about, report or (lambda *a: None), folder, every)
+                 initial=digest(network.state_dict()), masks=digest(ticket.history.died) if ticket else None, versions=dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type) | (dict(ranks=world.size) if world.size > 1 else {}))
+    return _Run(task, network, recipe, seed, schedule, scope, how, what, k, params, history, about, report or (lambda *a: None), folder, every, world=world)
 
 # %% ../nbs/23_imp.ipynb #e50c5c95
 def _sensible(how, k, recipe, per_epoch):
@@ -235,7 +252,7 @@ def _peek(task, network, seed, recipe):
     with seeded(seed, "peek"): batch = next(task.data.to(next(network.parameters()).device).batches(seed, 0, recipe.batch_size))
     training = network.training; network.eval()
     with torch.no_grad():
-        if not task.objective:  # an objective of one's own may keep a state that a trial would change
+        if not (task.objective or task.judge):  # an objective of one's own may keep a state that a trial would change, a judge knows other scores
             output = network(batch[0]).float()
             for score in (task.loss, *task.metrics.values()): float(score(output, batch[1]))
     network.train(training)
@@ -263,13 +280,13 @@ def _follow(ticket, history, control, seed, rounds, name):
 @torch.no_grad()
 def begin(self):
     "The weights to rewind to: the given ones, permuted for the re-initialised control, or those after k steps"
-    if self.folder: (self.folder / "state.safetensors").unlink(missing_ok=True)  # of a run that is no more
+    if self.folder and self.world.lead: (self.folder / "state.safetensors").unlink(missing_ok=True)  # of a run that is no more
     if self.control.fresh:
         g = generator(self.seed, "reinit")
         for p in self.params.values(): p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view(p.shape))
     self.snapshot = Snapshot(self.network.state_dict())
     if self.k:
-        with torch.enable_grad(): refine(self.task, self.network, self.recipe, self.seed, stop=self.k, after_epoch=self.keeper(-1))
+        with torch.enable_grad(), self.world.spread(self.network): refine(self.task, self.network, self.recipe, self.seed, stop=self.k, after_epoch=self.keeper(-1))
         self.snapshot = Snapshot(self.network.state_dict())
     self.save()
 
@@ -289,17 +306,19 @@ def imp(
     min_density: float | None = None,  # stop after the first round at or below this density
     min_accuracy: float | None = None,  # stop after the first round whose first metric is below this
     device: str = "auto",  # where to train
-    folder=None,  # where to keep ticket and state; a run found there is taken up
+    folder=None,  # where to keep ticket and state; a run found there is taken up (several ranks: on a file system they share)
     checkpoint_every: float = 60.,  # seconds between states put aside within a round
-    report: Callable | None = None,  # called after each epoch with (round, step, last step)
+    report: Callable | None = None,  # called after each epoch with (round, step, last step), on rank 0
 ) -> Iterator[Round]:  # finished rounds first, if the run is taken up
     "Iterate rewind, refine, coarse-grain, and yield what each round measured"
     schedule, folder = prune if isinstance(prune, Schedule) else Schedule(prune), Path(folder) if folder else None
-    run = _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, find_device(device), folder, report, checkpoint_every)
+    world = find_world()
+    run = _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, world, device, folder, report, checkpoint_every)
     run.about |= dict(min_density=min_density, min_accuracy=min_accuracy)
     last = lambda r: r.n >= rounds or (min_density is not None and r.density <= min_density) or (min_accuracy is not None and r.metrics[task.metric] < min_accuracy)
-    with alone(folder):
-        if not (folder and run.resume(last)): run.begin()
+    with world.alone(folder):
+        run.agree("before the run")
+        if not run.take_up(last): run.begin()
         yield from run.rounds
         while not (run.rounds and last(run.rounds[-1])):
             n = len(run.rounds)
@@ -307,6 +326,6 @@ def imp(
             loss = run.refine(n)
             run.rounds.append(run.measure(n, loss))
             if not last(run.rounds[-1]): run.coarse_grain(n)
-            run.save()
+            run.agree(f"after round {n}"); run.save()
             yield run.rounds[-1]
-        if folder: (folder / "state.safetensors").unlink(missing_ok=True)
+        if folder and world.lead: (folder / "state.safetensors").unlink(missing_ok=True)

@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 from rg_tickets.imp import imp
-from rg_tickets.masks import MaskHistory, prune, smallest
+from rg_tickets.masks import MaskHistory, prune
+from rg_tickets.selection import smallest
 from rg_tickets.models.resnets import resnet
 from rg_tickets.tasks.images import image_task
 from rg_tickets.train import Recipe, optimizer, refine

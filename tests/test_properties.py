@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from rg_tickets.basics import generator, seeded, stream
-from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled, smallest
+from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled
+from rg_tickets.selection import sieve, smallest
 from rg_tickets.tickets import Ticket, TicketError, digest, load_tensors
 
 bounded = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

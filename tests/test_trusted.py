@@ -66,7 +66,7 @@ def test_training_is_that_of_the_textbook(recipe):
     task, ours = image_task("digits8", n_train=320, n_test=100), resnet("cifar_resnet8", in_channels=1, width=8)
     book = copy.deepcopy(ours)
     refine(task, ours, recipe, seed=3)
-    opt = torch.optim.SGD(book.parameters(), lr=.05, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+    opt = torch.optim.SGD(book.parameters(), lr=.05, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: .1**epoch if recipe.drops else 1.)
     for epoch in range(3):
         order = torch.randperm(320, generator=generator(3, "order", epoch))

@@ -111,7 +111,10 @@ GROUPINGS = {  # name -> rules (regular expression, label)
     "stage": ((r"\b(layer\d+)\.\d+\.", r"\1"), (r"\blayers?\.\d+\.", "encoder"), *_STEM, *_ENDS),
     "layer": (*_LAYER, *_ENDS),
     "role": ((r"\battention\.self\.(query|key|value)\b", r"\1"), (r"\battention\.output\.dense\b", "attention out"), (r"\bintermediate\.dense\b", "up"),
-             (r"\d\.output\.dense\b", "down"), (r"\blayer\d+\.\d+\.(conv\d)\b", r"\1"), (r"\bdownsample\.0\b", "shortcut"), *_STEM, *_ENDS)}
+             (r"\d\.output\.dense\b", "down"), (r"\blayer\d+\.\d+\.(conv\d)\b", r"\1"), (r"\bdownsample\.0\b", "shortcut"), *_STEM, *_ENDS),
+    "part": ((r"\b(layer)\.(\d+)\.attention\.self\.(query|key|value)\b", r"\1 \2 \3"), (r"\b(layer)\.(\d+)\.attention\.output\.dense\b", r"\1 \2 attention out"),
+             (r"\b(layer)\.(\d+)\.intermediate\.dense\b", r"\1 \2 up"), (r"\b(layer)\.(\d+)\.output\.dense\b", r"\1 \2 down"),
+             (r"\b(layer\d+\.\d+)\.(conv\d)\b", r"\1 \2"), (r"\b(layer\d+\.\d+)\.downsample\.0\b", r"\1 shortcut"), *_STEM, *_ENDS)}  # block and role
 
 # %% ../../nbs/12_prunable.ipynb #ecb69c4f
 def groups(

@@ -23,8 +23,9 @@ def accuracy(
 
 # %% ../../nbs/13_tasks.ipynb #d6ada78c
 def _moved(tensor, device):
-    "`tensor` on `device`; images in channels-last order, which convolutions like best"
-    return tensor.to(device, memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.to(device)
+    "`tensor` on `device`; images on an accelerator in channels-last order, which convolutions like best (on a CPU the network decides)"
+    last = tensor.dim() == 4 and torch.device(device).type != "cpu"
+    return tensor.to(device, memory_format=torch.channels_last) if last else tensor.to(device)
 
 # %% ../../nbs/13_tasks.ipynb #4e61d77b
 @dataclass
@@ -109,6 +110,8 @@ class Task:
     classes: int | None = None  # outputs the head must have; None: the network brings its own
     shape: tuple | None = None  # shape of one input, e.g. (1, 16, 16)
     objective: Callable | None = None  # (network, batch) -> scalar loss, instead of `loss`
+    wrap: Callable | None = None  # network -> the network that is trained, by default the network itself
+    judge: Callable | None = None  # (task, network in test mode) -> {"loss": float, metric: float}, instead of `loss` and `metrics` on the outputs
     about: dict = field(default_factory=dict)  # plain facts that go into every ticket: source, sizes, split
 
     def __post_init__(self):
@@ -121,6 +124,10 @@ class Task:
         if self.objective: return self.objective(network, batch)
         return self.loss(network(batch[0]), batch[1])
 
+    def network(self, backbone: nn.Module) -> nn.Module:
+        "The network that is trained on this task, built on `backbone`"
+        return self.wrap(backbone) if self.wrap else backbone
+
     @property
     def metric(self) -> str:
         "Name of the metric that decides whether a ticket matches the dense network"
@@ -132,6 +139,11 @@ class Task:
         return cls(name, Loaders(train, test), loss, **kwargs)
 
 # %% ../../nbs/13_tasks.ipynb #30f84c67
+def _compare(task, network):
+    "Loss and metrics of the outputs on the whole test set"
+    output, target = (torch.cat(o) for o in zip(*((network(x).float(), y) for x, y in task.data.test())))
+    return {"loss": task.loss(output, target).item()} | {k: f(output, target) for k, f in task.metrics.items()}
+
 @torch.no_grad()
 def evaluate(
     task: Task,  # what to test on
@@ -142,7 +154,6 @@ def evaluate(
     device, training = next(network.parameters()).device, network.training
     network.eval()
     with seeded(0, "test"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        pairs = [(network(x).float(), y) for x, y in task.data.to(device).test()]
+        task.data.to(device); scores = task.judge(task, network) if task.judge else _compare(task, network)
     network.train(training)
-    output, target = (torch.cat(o) for o in zip(*pairs))
-    return {"loss": task.loss(output, target).item()} | {k: f(output, target) for k, f in task.metrics.items()}
+    return scores

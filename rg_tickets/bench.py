@@ -111,20 +111,17 @@ def torch_global(
 # %% ../nbs/42_bench.ipynb #7bd8a765
 class _Pictures(torch.utils.data.Dataset):
     "Pictures as PIL images, transformed one by one"
-    def __init__(self, x, y, transform):
-        low, high = x.amin(), x.amax()
-        grey = ((x - low) / (high - low) * 255).round().to(torch.uint8)
-        self.x, self.y, self.transform = [transforms.functional.to_pil_image(o) for o in grey], y.tolist(), transform
-
+    def __init__(self, grey, y, transform): self.x, self.y, self.transform = [transforms.functional.to_pil_image(o) for o in grey], y.tolist(), transform
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.transform(self.x[i]), self.y[i]
 
 def _loaders(task, batch):
-    "The task's pictures in two DataLoaders, training ones cropped and mirrored"
-    d, size = task.data, task.data.x.shape[-1]
-    last = [transforms.ToTensor(), transforms.Normalize([.5], [.25])]
-    train = _Pictures(d.x, d.y, transforms.Compose([transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip(), *last]))
-    test = _Pictures(d.x_test, d.y_test, transforms.Compose(last))
+    "The task's pictures in two DataLoaders, training ones cropped and mirrored; the same numbers, to the 256 greys of a file"
+    d = task.data; low, span = d.x.amin(), d.x.amax() - d.x.amin()
+    grey = lambda x: ((x - low) / span * 255).round().clamp(0, 255).to(torch.uint8)
+    last = [transforms.ToTensor(), transforms.Normalize([float(-low / span)], [float(1 / span)])]
+    crop = transforms.RandomCrop(d.x.shape[-1], padding=4, fill=int(grey(torch.zeros(1))))
+    train, test = _Pictures(grey(d.x), d.y, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])), _Pictures(grey(d.x_test), d.y_test, transforms.Compose(last))
     return torch.utils.data.DataLoader(train, batch, shuffle=True, drop_last=True), torch.utils.data.DataLoader(test, 1000)
 
 # %% ../nbs/42_bench.ipynb #08ec4bfa

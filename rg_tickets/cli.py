@@ -46,15 +46,28 @@ def _done(folder, began):
         if (folder / name).exists(): typer.echo(f"  {folder / name}: {what}")
     typer.echo(f"  {folder}/<run>/ticket.safetensors: {len(list(folder.glob('*/ticket.safetensors')))} tickets\nOpen {folder / 'notebook.ipynb'} to see it all.")
 
+def _plan(experiment, given, tflops, output):
+    "Print a plan, and write it as a table if asked"
+    from rg_tickets import plans, runs
+    plan = plans.plan_of(experiment, given, **({} if tflops is None else dict(tflops=tflops)))
+    typer.echo(str(plan))
+    if output: runs.write_csv(output, plan.frame); typer.echo(f"\nThe plan as a table: {output}")
+
 @app.command()
 def run(
     experiment: str = typer.Argument(..., help="name of an experiment, see: rg-tickets list"),
     parameters: Optional[list[str]] = typer.Argument(None, help="parameter=value ...; lists are separated by commas"),
     folder: Path = typer.Option(None, "--folder", "-f", help="where everything goes; runs/<experiment> by default"),
+    scale: Optional[str] = typer.Option(None, help="smoke, embedded, paper; short for scale=..."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="print the plan - data, runs, steps, storage, hours - and run nothing"),
+    tflops: Optional[float] = typer.Option(None, help="with --dry-run: TFLOP/s that a GPU is assumed to sustain; 10 by default"),
+    output: Optional[Path] = typer.Option(None, "--output", "-o", help="with --dry-run: also write the plan as a table, plan.csv"),
 ):
     "Execute an experiment notebook; what its folder already holds is not run again."
     from rg_tickets import notebooks
-    began, given = time.monotonic(), notebooks.parsed(experiment, parameters or [])
+    began, given = time.monotonic(), notebooks.parsed(experiment, [*(parameters or []), *([f"scale={scale}"] if scale else [])])
+    if dry_run: return _plan(experiment, given | ({"folder": str(folder)} if folder else {}), tflops, output)
+    if tflops is not None or output is not None: raise ValueError("--tflops and --output belong to a plan: add --dry-run")
     folder = folder or Path(given.get("folder", Path("runs") / experiment))
     with _stoppable(): notebooks.run(experiment, folder, given)
     _done(folder, began)

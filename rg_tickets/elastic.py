@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'STRATEGIES', 'PREDICTORS', 'BlockMap', 'parse', 'blocks', 'fitted', 'interpolate', 'append', 'partial',
-           'squeeze', 'reorder', 'block_map', 'plot_map', 'stretch', 'drift', 'at_density', 'spread', 'trend',
-           'predicted', 'every_map', 'guided', 'reestimate', 'connectivity', 'barrier']
+           'squeeze', 'reorder', 'block_map', 'plot_map', 'stretch', 'drift', 'at_density', 'predicted', 'every_map',
+           'guided']
 
 # %% ../nbs/32_elastic.ipynb #7b77c6b4
 import itertools, math, re
@@ -13,15 +13,12 @@ from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy import stats
 import torch
 from torch import nn
-from .basics import generator, lookup, seeded
-from .flows import LABELS, interval
+from .basics import generator, lookup
 from .free import times
 from .masks import ALIVE, MaskHistory
 from .models.prunable import groups
-from .tasks.core import Task, evaluate
 from .tickets import Ticket, digest
 
 # %% ../nbs/32_elastic.ipynb #a8496b42
@@ -254,60 +251,6 @@ def at_density(
     died = {k: torch.where((d > n) | b.view(d.shape), ALIVE, d).to(d.dtype) for (k, d), b in zip(h.died.items(), back.split([d.numel() for d in h.died.values()]))}
     return replace(ticket, history=MaskHistory(died, n), about=ticket.about | dict(at_density=dict(density=density, seed=seed)))
 
-# %% ../nbs/32_elastic.ipynb #225bd4f2
-_RESIDUAL = re.compile(r"layer\d+\.\d+$")
-
-def _cross(s):
-    "Mean product of different seeds' deviations; s: [seeds, blocks]"
-    c, n = s - s.mean(1, keepdims=True), len(s)
-    return ((c.sum(0)**2).sum() - (c**2).sum()) / (n * (n - 1) * s.shape[1])
-
-def _over_seeds(g, level):
-    "V with Student's interval, from slopes of single runs"
-    s = g.pivot(index="seed", columns="group", values="sigma").values; n = len(s)
-    if n < 2: raise ValueError("one seed has no scatter to subtract: give more, or a table of `exponents` with their standard errors")
-    if np.isnan(s).any(): raise ValueError("some seeds lack the exponent of a block: fit rounds in which every block of every seed is alive")
-    V = _cross(s); left = [n * V - (n - 1) * _cross(np.delete(s, k, 0)) for k in range(n)] if n > 2 else [V]
-    _, se, low, high = interval(left, level)
-    return dict(seeds=n, naive=s.mean(0).std(), variance=V, se=se, low=low, high=high)
-
-def _by_errors(g, level):
-    "V with a normal interval, from exponents and their standard errors"
-    s, e = g.sigma.values, g.se.values
-    if not np.isfinite([s, e]).all(): raise ValueError("some blocks lack an exponent or its standard error: fit rounds in which every block is alive, or give more seeds")
-    b = len(s); V = s.var() - (e**2).mean() * (b - 1) / b
-    se = math.sqrt(4 * ((s - s.mean())**2 * e**2).sum() + 2 * (e**4).sum()) / b; half = stats.norm.ppf((1 + level) / 2) * se
-    return dict(seeds=int(g.seeds.min()) if "seeds" in g else 1, naive=s.std(), variance=V, se=se, low=V - half, high=V + half)
-
-# %% ../nbs/32_elastic.ipynb #985a1e5a
-def spread(
-    table: pd.DataFrame,  # `flows.slopes` (a row per seed and block; best), `flows.exponents` or `free.exponents`
-    level: float = .95,  # confidence of the interval
-) -> pd.DataFrame:  # a row per LABELS: blocks, seeds, naive (without correction), variance, se (its), spread, low, high (of the spread; nan for two seeds)
-    "Standard deviation of sigma over residual blocks, freed from the noise of the estimates"
-    rows, keys = [], [k for k in LABELS if k in table]; mine = table[[bool(_RESIDUAL.match(g)) for g in table.group]]
-    root = lambda v: math.sqrt(max(v, 0.)) if np.isfinite(v) else np.nan
-    for labels, g in mine.groupby(keys, sort=False) if keys else [((), mine)]:
-        if g.group.nunique() < 2: raise ValueError(f"a spread needs two residual blocks or more, and {dict(zip(keys, labels)) or 'the table'} has {g.group.nunique()}: give exponents by block")
-        row = (_over_seeds if "seed" in g else _by_errors)(g, level)
-        rows.append(dict(zip(keys, labels)) | dict(blocks=g.group.nunique()) | row | dict(spread=root(row["variance"]), low=root(row["low"]), high=root(row["high"])))
-    return pd.DataFrame(rows)
-
-# %% ../nbs/32_elastic.ipynb #5ffad7fb
-def trend(
-    x: np.ndarray,  # [points] depth, width, or the logarithm of one
-    y: np.ndarray,  # [points] spreads
-    se: np.ndarray | None = None,  # [points] their standard errors, if known
-    level: float = .95,  # confidence of the interval
-) -> dict:  # slope, its se, low, high, p (two-sided, of no slope), points
-    "Least-squares slope of y against x, with Student's interval and p-value"
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(set(x)) < 3: raise ValueError(f"a slope with an error needs three different values of x, and there are {len(set(x))}: add some")
-    d, dof = x - x.mean(), len(x) - 2; c = d / (d @ d); slope = c @ (y - y.mean())
-    error = max(math.sqrt(((y - y.mean() - slope * d)**2).sum() / dof / (d @ d)), 0. if se is None else math.sqrt((c**2 * np.asarray(se, float)**2).sum()))
-    half, p = stats.t.ppf((1 + level) / 2, dof) * error, 2 * stats.t.sf(abs(slope) / error, dof) if error else float(slope == 0)
-    return dict(slope=slope, se=error, low=slope - half, high=slope + half, p=p, points=len(x))
-
 # %% ../nbs/32_elastic.ipynb #18b7baf3
 def predicted(
     ticket: Ticket,  # the source's, with the rounds of its run
@@ -369,6 +312,8 @@ def _sigma(parts, c):
     return a[:-1] - a[-1]
 
 # %% ../nbs/32_elastic.ipynb #36041d6b
+_RESIDUAL = re.compile(r"layer\d+\.\d+$")
+
 def _choices(s, t, ordered):
     "Every stage map from s blocks to t"
     pick = {(True, True): itertools.combinations_with_replacement, (True, False): lambda o, r: itertools.product(o, repeat=r), (False, True): itertools.combinations, (False, False): itertools.permutations}
@@ -443,60 +388,3 @@ def guided(
     text, names = [str(_written(m)) for m in maps], _named(ticket, depth); back = [sum(b < a for s in m for a, b in zip(s, s[1:])) for m in maps]
     table = pd.DataFrame(dict(map=text, score=_scores(parts, index, c, wanted), density=part(alive) / part(size), strategy=[names.get(k, "") for k in text], back=back))
     return table.sort_values(["score", "back"], kind="stable", ignore_index=True).assign(forward=lambda f: f.back == 0).drop(columns="back")
-
-# %% ../nbs/32_elastic.ipynb #8e3033b6
-@torch.no_grad()
-def reestimate(
-    network: nn.Module,  # its batch-norm statistics are replaced, in place
-    task: Task,  # whose training batches to use
-    seed: int = 0,  # order and augmentation of the data
-    batch_size: int = 128,  # samples
-    batches: int | None = None,  # how many, by default an epoch
-) -> nn.Module:  # `network`, in the mode it was in
-    "Batch-norm statistics as plain averages over training batches"
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    training, momenta = network.training, [m.momentum for m in norms]; network.eval()
-    for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-    try:
-        with seeded(seed, "reestimate"):
-            for batch in itertools.islice(task.data.to(next(network.parameters()).device).batches(seed, 0, batch_size), batches): network(batch[0])
-    finally:
-        for m, p in zip(norms, momenta): m.momentum = p
-        network.train(training)
-    return network
-
-# %% ../nbs/32_elastic.ipynb #fbf9648b
-def _between(a, b, alpha):
-    "The state a fraction alpha of the way from a to b, exactly a and b at the ends; counters are a's"
-    return {k: torch.lerp(t, b[k].to(t), alpha) if t.is_floating_point() else t for k, t in a.items()}
-
-def connectivity(
-    network: nn.Module,  # any network of the right shape; its own weights are put back in the end
-    weights_a: dict,  # state_dict of one solution
-    weights_b: dict,  # of the other
-    task: Task,  # what to evaluate on
-    points: int = 21,  # on the line, ends included
-    recalibrate: bool = True,  # estimate batch-norm statistics anew at every point; False: interpolate them, too
-    seed: int = 0, batch_size: int = 128, batches: int | None = None,  # of the training data, as in `reestimate`
-) -> pd.DataFrame:  # a row per point: alpha, loss, metric (the task's first)
-    "Loss and metric along the straight line between two solutions; evaluation only"
-    mine = {k: t.detach().clone() for k, t in network.state_dict().items()}
-    for name, w in (("weights_a", weights_a), ("weights_b", weights_b)):
-        wrong = [k for k in mine.keys() | w.keys() if k not in w or k not in mine or w[k].shape != mine[k].shape]
-        if wrong: raise ValueError(f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first")
-    if points < 2: raise ValueError(f"a line has two ends, and points={points}")
-    rows = []
-    try:
-        for alpha in np.linspace(0, 1, points).tolist():
-            network.load_state_dict(_between(weights_a, weights_b, alpha))
-            if recalibrate: reestimate(network, task, seed, batch_size, batches)
-            scores = evaluate(task, network); rows.append(dict(alpha=alpha, loss=scores["loss"], metric=scores[task.metric]))
-    finally: network.load_state_dict(mine)
-    return pd.DataFrame(rows)
-
-def barrier(
-    line: pd.DataFrame,  # what `connectivity` gave
-) -> float:  # in units of the metric, 0 or more
-    "The largest drop of the metric below the straight line between the ends"
-    a, b = line.metric.iloc[0], line.metric.iloc[-1]
-    return float((a + line.alpha * (b - a) - line.metric).clip(0).max())

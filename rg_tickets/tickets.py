@@ -57,10 +57,20 @@ def save_tensors(
 ):
     "Write tensors and header to one safetensors file, whole or not at all"
     tensors, text = _plain(tensors), json.dumps(header)
-    note = json.dumps(dict(kind=kind, format=1, sha256=digest(tensors, kind + text), header=text))  # one entry: safetensors keeps no order
-    with replacing(path) as tmp:
+    note = json.dumps(dict(kind=kind, format=1, sha256=_BLANK, header=text))  # one entry: safetensors keeps no order
+    with ThreadPoolExecutor(1) as pool, replacing(path) as tmp:
+        checksum = pool.submit(digest, tensors, kind + text)  # while the file is being written
         try: save_file(tensors, tmp, {"rg_tickets": note})
         except SafetensorError as e: raise OSError(errno.EIO, str(e)) from e
+        _stamp(tmp, checksum.result())
+
+_BLANK = "0" * 64
+
+def _stamp(path, checksum):
+    "Write the checksum into its place in the header"
+    with open(path, "r+b") as f:
+        start = f.read(8 + int.from_bytes(f.read(8), "little"))
+        f.seek(8 + start.index(_BLANK.encode())); f.write(checksum.encode())
 
 # %% ../nbs/21_tickets.ipynb #5a9edc48
 def _some(items, limit=3):

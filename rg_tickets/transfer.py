@@ -76,6 +76,13 @@ def _below(modules):
     "Is a tensor in one of these modules"
     return lambda name: name.startswith(tuple(f"{o}." for o in modules))
 
+def _housed(ticket, network):
+    "The ticket under the names its tensors have in a detector or segmenter, if the network is one and the ticket of a plain backbone"
+    place = getattr(network, "backbone_name", None)
+    if place is None or any(k.startswith(f"{place}.") for k in ticket.history.died): return ticket
+    from rg_tickets.tasks.voc import moved  # here, because torchvision's detectors take a second to load
+    return moved(ticket, network)
+
 def travelling(
     ticket: Ticket,  # the source's
     network: torch.nn.Module,  # the target's
@@ -83,6 +90,7 @@ def travelling(
 ) -> Ticket:  # weights and masks without the head; what is kept has the network's weights and a full mask
     "What of a ticket goes into another task's network; a TicketError says what does not fit"
     for o in (keep := (keep,) if isinstance(keep, str) else tuple(keep)): lookup(o, dict(network.named_modules()), "module to keep")
+    ticket = _housed(ticket, network)
     mine, head, stays = network.state_dict(), _below(heads(network)), _below(keep)
     weights = {k: t for k, t in ticket.weights.items() if not head(k) and (k in mine or k in ticket.history.died)} | {k: t.clone() for k, t in mine.items() if stays(k) and not head(k)}
     died = {k: d for k, d in ticket.history.died.items() if not head(k)}

@@ -136,9 +136,10 @@ def null_distances(
 ) -> np.ndarray:  # [draws, pairs], pairs in the order of itertools.combinations
     "Distances of systems that are all one flow, measured as these were"
     rng, K, p = np.random.default_rng(stream(seed, "null distances")), len(e.seeds), len(e.cov)
-    root = np.linalg.cholesky(e.cov)
-    means = rng.normal(size=(draws, K, p)) @ root.T / np.sqrt(e.seeds.values)[:, None]
-    r = rng.normal(size=(draws, e.dof, p)) @ root.T
+    w = rng.normal(size=(draws, max(e.dof, p), p)); w = np.swapaxes(w, -1, -2) @ w / max(e.dof, p)  # how far off the covariance may be
+    root = np.swapaxes(np.linalg.cholesky(e.cov) @ np.linalg.cholesky(np.linalg.inv(w)), -1, -2)
+    means = rng.normal(size=(draws, K, p)) @ root / np.sqrt(e.seeds.values)[:, None]
+    r = rng.normal(size=(draws, e.dof, p)) @ root
     return _pairwise(means, shrunk(np.swapaxes(r, -1, -2) @ r, e.dof)[0], e.seeds.values)
 
 # %% ../nbs/33_universality.ipynb #9d919e66

@@ -1,10 +1,23 @@
 "Options, markers and surroundings of the whole suite"
 import os
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RG_TICKETS_PROGRESS="off", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")  # before torch; children inherit them
+import socket
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    "No test may use the network; processes of this machine may talk to each other"
+    def only_here(function):
+        def checked(address, *args, **kwargs):
+            host = address[0] if isinstance(address, tuple) else address
+            if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()): raise OSError(f"the network was used: {host}")
+            return function(address, *args, **kwargs)
+        return checked
+    for name in ("create_connection", "getaddrinfo"): monkeypatch.setattr(socket, name, only_here(getattr(socket, name)))
 
 
 def pytest_addoption(parser):

@@ -3,15 +3,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torchvision.models import ResNet
-from torchvision.models.resnet import BasicBlock
 from rg_tickets import free
-from rg_tickets.basics import generator, seeded
-from rg_tickets.elastic import BLOCKS, STRATEGIES, block_map, blocks, drift, every_map, fitted, guided, parse, spread, stretch, trend
+from rg_tickets.basics import generator
+from rg_tickets.elastic import BLOCKS, STRATEGIES, block_map, blocks, drift, every_map, fitted, guided, parse, stretch
 from rg_tickets.masks import MaskHistory, prune
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
 from rg_tickets.tickets import Ticket, TicketError, apply, digest
+from rg_tickets.uniformity import spread, trend
 
 LISTED = [  # strategy, source, target, the original authors' map
     ("interpolate", 20, 32, "0:0;1:1,2;2:3,4"), ("append", 20, 32, "0:0;1:1,3;2:2,4"),
@@ -66,19 +65,14 @@ def test_a_map_of_maps():
     with pytest.raises(TicketError, match="does not fit"): apply(stretch(ticket, "interpolate", 44), cifar(56))
 
 
-def imagenet(name, classes=10):
-    "ResNet-26 is not torchvision's own"
-    if name != "resnet26": return resnet(name, classes=classes, stem="cifar")
-    with seeded(0, "build"): net = ResNet(BasicBlock, list(BLOCKS[name]), num_classes=classes)
-    net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
-    return net
+def imagenet(name, classes=10): return resnet(name, classes=classes, stem="cifar")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source, target, strategy", [("resnet18", "resnet34", "append"), ("resnet18", "resnet26", "interpolate"), ("resnet26", "resnet18", "drop-tail"),
                                                       ("resnet26", "resnet34", "interpolate"), ("resnet34", "resnet26", "interval")])
 def test_basic_block_networks(source, target, strategy):
-    net = imagenet(source); net.name = source; ticket = Ticket(net.state_dict(), MaskHistory.dense(prunable(net)), about=dict(model=source))
+    net = imagenet(source); ticket = Ticket(net.state_dict(), MaskHistory.dense(prunable(net)), about=dict(model=source))
     there = stretch(ticket, strategy, target); network = apply(there, imagenet(target))
     assert blocks(network) == BLOCKS[target] and there.about["model"] == target and network.eval()(torch.zeros(1, 3, 8, 8)).isfinite().all()
 

@@ -3,17 +3,22 @@ import json, os, subprocess, sys
 from importlib.resources import files
 from pathlib import Path
 import nbformat
+import numpy as np
 import papermill
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from test_voc import OPTIONS, root as voc
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from rg_tickets import cli, notebooks, runs
 from rg_tickets.imp import imp
+from rg_tickets.studies import crossings, transfers
 from rg_tickets.tasks.core import Task
 from rg_tickets.tickets import Ticket
 from rg_tickets.train import Recipe
+from rg_tickets.transfer import gaps
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,48 @@ def test_a_second_call_runs_nothing_anew(smoke):
     notebooks.run("resnet_imp", smoke, dict(jobs=1))
     assert {p: p.stat().st_mtime_ns for p in smoke.glob("*/ticket.safetensors")} == tickets
     assert {p: p.read_bytes() for p in tables} == tables
+
+
+LEAVES = {"resnet_pretrain": ("exponents.csv", "exponents.png"), "resnet_transfer": ("exponents.csv", "transfers.csv", "gaps.csv", "distances.csv", "transfer.png")}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_other_studies_at_the_scale_of_their_defaults(name, tmp_path):
+    notebooks.run(name, tmp_path, dict(jobs=1))
+    for o in ("notebook.ipynb", "flow.csv", "verdict.txt", *LEAVES[name]): assert (tmp_path / o).stat().st_size, o
+    flow = pd.read_csv(tmp_path / "flow.csv"); assert {"digits8", "digits8/simclr"} <= set(flow.task) and set(flow.seed) == {0, 1}
+    if name == "resnet_pretrain":
+        assert {json.loads(p.read_text())["prune_type"] for p in tmp_path.glob("*/config.json")} == {"pt"} and len(list(tmp_path.glob("*/dense.safetensors"))) == 12
+    else:
+        table = pd.read_csv(tmp_path / "gaps.csv")
+        assert set(table.kind) == {"own", "transferred", "layerwise", "uniform", "dense"} and set(zip(table.source, table.target)) >= {("digits8/simclr", "digits8"), ("mnist5k", "digits8"), ("digits8", "mnist5k")}
+        assert (table.seeds == 2).all() and table[["score", "gap", "se"]].notna().all(axis=None)
+
+
+@pytest.mark.parametrize("name, words, says", [
+    ("resnet_imp", ("rewind=1ep", "prune_type=lt"), "both say what to go back to"), ("resnet_imp", ("prune_type=pt_tran",), "did you mean 'pt_trans'?"), ("resnet_imp", ("scale=paper", "tasks=cifar11"), "did you mean 'cifar10'?"),
+    ("resnet_imp", ("prune_type=rewind_lt",), "the recipe ends at step"), ("resnet_imp", ("prune_type=pt_trans",), "say which, source="), ("resnet_pretrain", ("tasks=digits8/simcrl",), "did you mean 'simclr'?"),
+    ("resnet_pretrain", ("pretrained={'digit8':'w.pth'}",), "did you mean 'digits8'?"), ("resnet_transfer", ("at=3",), "prunes 2 times"), ("resnet_transfer", ("kinds=ovn,dense",), "did you mean 'own'?")], ids=lambda o: str(o)[:40])
+def test_what_a_study_refuses(name, words, says, tmp_path, capsys, monkeypatch):
+    code, lines = command(["run", name, *words, "-f", str(tmp_path / "f")], capsys, monkeypatch)
+    assert code == 1 and len(lines) == 1 and says in lines[0]
+    assert not list((tmp_path / "f").glob("*/ticket.safetensors"))
+
+
+def test_a_classifiers_ticket_in_a_segmenter_and_a_detector(voc, tmp_path):
+    "The whole way: runs on pictures in folders and on scenes, then every kind of crossing"
+    rng = np.random.RandomState(0)
+    for part, n in (("train", 2), ("validation", 1)):
+        for i in range(12):
+            (home := voc / "visda2017" / part / f"c{i:02}").mkdir(parents=True)
+            for j in range(n): Image.fromarray(rng.randint(0, 256, (36, 34, 3)).astype(np.uint8)).save(home / f"{j}.png")
+    base = dict(model="cifar_resnet8", width=4, rounds=1, prune=.5, recipe=dict(epochs=1, batch_size=6, lr=.01))
+    source = runs.Spec("visda2017", options=dict(size=32), **base)
+    for name, options in OPTIONS.items():
+        target = runs.Spec(name, options=dict(size=32, **({"width": 8} if name == "voc_detection" else {}), **options), **base)
+        table = gaps(transfers(crossings([source], [1], [target]), tmp_path / "study", jobs=1, device="cpu", root=str(voc)))
+        assert table.kind.tolist() == ["own", "transferred", "layerwise", "uniform", "dense"] and table.score.between(0, 1).all() and set(table.target) == {name}
+        assert table.density[:4].tolist() == pytest.approx([.5] * 4, abs=.01)
 
 
 @pytest.mark.parametrize("given, says", [(dict(sedes=3), "did you mean 'seeds'?"), (dict(rounds="many"), "should be int, not str")], ids=["name", "type"])
@@ -112,7 +159,7 @@ def test_listing(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["rg-tickets", "list"])
     with pytest.raises(SystemExit) as e: cli.main()
     out = capsys.readouterr().out
-    assert not e.value.code and all(o in out for o in ("experiments: resnet_imp", "font_greek", "cifar_resnet20", "untrained"))
+    assert not e.value.code and all(o in out for o in ("experiments: ", "resnet_imp, resnet_pretrain, resnet_transfer", "font_greek", "cifar_resnet20", "untrained"))
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(prune=0), "not in"), (dict(prune=1.5), "not in"), (dict(model="cifar_resnet9"), "unknown model"), (dict(rewind="5its"), "unknown rewind policy"), (dict(recipe=dict(lr=0)), "lr must be positive")])

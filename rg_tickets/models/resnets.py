@@ -10,7 +10,7 @@ import copy
 from functools import partial
 import torch, torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, ResNet
 from ..basics import lookup, seeded
 
 # %% ../../nbs/10_resnets.ipynb #d7c24498
@@ -99,13 +99,13 @@ def _cifar(depth, classes, in_channels, width, stem):
 def _imagenet(name, classes, in_channels, width, stem):
     if width != 16: raise ValueError(f"{name} has torchvision's widths: leave `width` out (got {width}), or take a cifar_resnet")
     kernel, stride, pool = lookup(stem or "imagenet", {"imagenet": (7, 2, True), "cifar": (3, 1, False)}, "stem")
-    model = getattr(torchvision.models, name)(num_classes=classes)
+    model = ResNet(BasicBlock, [2, 3, 4, 3], classes) if name == "resnet26" else getattr(torchvision.models, name)(num_classes=classes)
     model.conv1 = nn.Conv2d(in_channels, 64, kernel, stride, padding=kernel // 2, bias=False)
     if not pool: model.maxpool = nn.Identity()
     return model
 
 MODELS = {f"cifar_resnet{depth}": partial(_cifar, depth) for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)} | {
-    f"resnet{depth}": partial(_imagenet, f"resnet{depth}") for depth in (18, 34, 50, 101, 152)}  # name -> builder
+    f"resnet{depth}": partial(_imagenet, f"resnet{depth}") for depth in (18, 26, 34, 50, 101, 152)}  # name -> builder
 
 # %% ../../nbs/10_resnets.ipynb #8ccdda31
 def resnet(

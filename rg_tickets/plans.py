@@ -102,12 +102,13 @@ class Work:
     others: list = field(default_factory=list)  # anything else that `complete` was given
     remarks: list = field(default_factory=list)  # what could not be found out
     runners: set = field(default_factory=set)  # names of functions that begin work
+    ids: set = field(default_factory=set)  # of all that was noted
 
     def note(self, waves):
         "Take down what `complete` was given"
         for o in (o for wave in waves for o in wave):
             home = self.runs if isinstance(o, Spec) else self.crossings if crosses(o) else self.others
-            if o.id not in {x.id for x in home}: home.append(o)
+            if o.id not in self.ids: home.append(o); self.ids.add(o.id)
         raise Planned
 
 def _statements(name):
@@ -354,10 +355,11 @@ def _once(spec, recipe, n, where, network=None):
     "One step with `n` samples: (seconds, network)"
     task, fresh = standin(spec, n) if network is None else (standin(spec, n, "meta")[0], network)
     network = place(fresh, where) if network is None else network
-    began = time.perf_counter()
+    clock = time.process_time if where.type == "cpu" else time.perf_counter  # others may be using the cores
+    began = clock()
     refine(task, network, replace(recipe, batch_size=n, lr=1e-6, warmup=0., drops=(), schedule="constant"), spec.seed, stop=1)
     if where.type == "cuda": torch.cuda.synchronize(where)
-    return time.perf_counter() - began, network
+    return clock() - began, network
 
 # %% ../nbs/40c_plans.ipynb #92f308fe
 def _fitting(spec, recipe, n, where):
@@ -536,7 +538,7 @@ def text(plan: Plan) -> str:
     "The plan for a terminal of 100 columns"
     scale = plan.work.scope.get("scale"); missing = [f.name for f in dict.fromkeys(facts(s, plan.root) for s in plan.work.runs) if not f.there]
     parts = {"Parameters": _parameters, "Data": _data, "Runs": _runs, "Transfers": _crossings, "Storage": _disk, "Time": _time}
-    out = [f"Plan of {plan.work.name}, scale {scale}: {len(plan.work.runs)} runs, {len(plan.work.crossings)} transfers. Nothing has been run, read or written."]
+    out = [f"Plan of {plan.work.name}, scale {scale}: {len(plan.work.runs):,} runs, {len(plan.work.crossings):,} transfers. Nothing was run."]
     if plan.frame.empty: parts = {"Parameters": _parameters}; out += ["", "No run of it is known before it has results."]
     for title, part in parts.items(): out += ["", title, *part(plan)]
     out += [f"\nNot there yet: {', '.join(missing)}."] if missing else []

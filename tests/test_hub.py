@@ -83,6 +83,7 @@ def test_damaged(tmp_path):
         with pytest.raises(TicketError): from_pretrained(tmp_path)
 
 
+@pytest.mark.slow  # the client tries again, and waits
 def test_the_real_client_without_a_network(tmp_path, monkeypatch):
     "A closed port of this machine in place of the Hub"
     api = HfApi(endpoint="http://127.0.0.1:9", token="hf_none")

@@ -109,6 +109,8 @@ def _rounds(ticket):
     rows = [(i, f"{_number(r.get('time')):.3f}", f"{_number(r.get('density')):.4f}", f"{_score(r)[1]:.4f}") for i, r in enumerate(ticket.rounds)]
     return _table(rows, ["round", "RG time t", "density", _code(_score(ticket.rounds[-1])[0])]) if rows else f"No round was measured; the mask keeps {ticket.history.density():.2%} of the prunable weights."
 
+def _allowed(licence): return f"The licence is {_code(licence)}." if licence != "unknown" else "No licence was given: ask the author before using it for anything that needs one."
+
 def _exponents(flow, by):
     "The table of exponents with what to know when reading it"
     if flow is None: return "The ticket holds no measurements of its tensors, so it has no flow."
@@ -129,7 +131,6 @@ def card(
     ticket = replace(ticket, rounds=[r for r in ticket.rounds if isinstance(r, dict)])
     about, flow = ticket.about, flow_of(ticket); versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
     figure = "![share of the surviving magnitude of each part against RG time](flow.png)\n\n" if flow is not None else ""
-    said = f"The licence is `{licence}`." if licence != "unknown" else "No licence was given: ask the author before using it for anything that needs one."
     made = ", ".join(f"{k} {v}" for k, v in versions.items()) or "unknown versions"
     return f"""{_front(ticket, licence)}
 # A ticket: {_code(about.get('model', 'a network'))} on {_code(about.get('task', 'a task'))}
@@ -156,7 +157,7 @@ Weights to start training from, and which of them survive iterative magnitude pr
 
 ## Versions and licence
 
-Made with {_code(made)}; card written by rg_tickets {rg_tickets.__version__}. {said}
+Made with {_code(made)}; card written by rg_tickets {rg_tickets.__version__}. {_allowed(licence)}
 """
 
 # %% ../nbs/35_hub.ipynb #5fc35279

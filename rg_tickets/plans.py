@@ -428,11 +428,13 @@ def plan_of(
 
 # %% ../nbs/40c_plans.ipynb #29b53930
 def _columns(rows, head, width=100):
-    "Rows as aligned text; numbers to the right, the last column wrapped"
+    "Rows as aligned text; numbers to the right, the last column wrapped, or on a line of its own if there is no room"
     cells = [[str(c) for c in r] for r in (head, *rows)]; wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
     right = [all(r[i][:1].isdigit() or r[i][:1] in "-~" for r in cells[1:]) for i in range(len(head))]; left = 2 + sum(wide[:-1]) + 2 * len(wide[:-1])
+    below = not right[-1] and width - left < min(24, wide[-1])
     for r in cells:
         front = "  " + "".join((c.rjust(w) if at else c.ljust(w)) + "  " for c, w, at in zip(r[:-1], wide, right))
+        if below: yield front; yield from ("      " + o for o in textwrap.wrap(r[-1], width - 6, break_on_hyphens=False)); continue
         lines = [r[-1].rjust(wide[-1])] if right[-1] else textwrap.wrap(r[-1], max(12, width - left), break_on_hyphens=False) or [""]
         yield from ((front if i == 0 else " " * left) + o for i, o in enumerate(lines))
 

@@ -7,6 +7,7 @@ __all__ = ['ALIVE', 'smallest', 'check_finite', 'above', 'survivors', 'revive', 
 
 # %% ../nbs/19_selection.ipynb #b3759a93
 import math
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from .basics import generator
@@ -111,14 +112,15 @@ def _bracket(
     return sample.kthvalue(low).values.item() if low > 0 else 0., sample.kthvalue(high).values.item() if high <= len(sample) else math.inf
 
 # %% ../nbs/19_selection.ipynb #77aa3617
-def _chunks(scores, died, wide):
-    "Stream (name, start, magnitudes, rounds of death) in chunks: NumPy arrays on a CPU, tensors elsewhere"
+def _chunks(scores, died):
+    "List (name, start, scores, rounds of death) of all chunks; nothing is copied, tensors of another memory order are cut along their rows"
+    out = []
     for name, s in scores.items():
-        cpu, flat, dead = s.device.type == "cpu", s.detach().reshape(-1), died[name].view(-1)
-        step = 2**16 if cpu else 2**23
-        for start in range(0, len(flat), step):
-            part = flat[start:start + step].double() if wide else flat[start:start + step].float()
-            yield name, start, abs(part.numpy()) if cpu else part.abs(), dead[start:start + step]
+        step, s, dead = 2**16 if s.device.type == "cpu" else 2**23, s.detach(), died[name].view(-1)
+        s, row = (s.view(-1), 1) if s.is_contiguous() else (s, s[0].numel())
+        rows = max(1, step // row)
+        out += [(name, i * row, s[i:i + rows], dead[i * row:(i + rows) * row]) for i in range(0, len(s), rows)]
+    return out
 
 def _sift(size, dead, round, a, b):
     "Mark the survivors below `a` in place; how many they are, and where those between `a` and `b` are"
@@ -134,15 +136,29 @@ def _sift(size, dead, round, a, b):
 # %% ../nbs/19_selection.ipynb #7cbf43d2
 def _sieve(scores, died, n, round, wide):
     "Mark the `n` smallest as dead in `round`; the magnitude of the last one, or None if the sample was unlucky"
-    a, b = _bracket(scores, died, n, wide)
-    sure, close, near, most = 0, 0, {name: [] for name in scores}, sum(s.numel() for s in scores.values()) // 8 + 2**16
-    for name, start, size, dead in _chunks(scores, died, wide):
-        if not size.max() < math.inf: check_finite(scores)
+    bracket, chunks, most = _bracket(scores, died, n, wide), _chunks(scores, died), sum(s.numel() for s in scores.values()) // 8 + 2**16
+    hands = torch.get_num_threads() if len(chunks) > 64 and chunks[0][2].device.type == "cpu" else 1
+    with ThreadPoolExecutor(hands) as pool:  # NumPy lets go of Python's lock while it works
+        shares = list(pool.map(lambda i: _sift_all(chunks[i::hands], round, *bracket, wide, most), range(hands)))
+    if None in shares: check_finite(scores)
+    if [] in shares: return None
+    found = [shares[i % hands][i // hands] for i in range(len(chunks))]
+    sure, close, near = sum(count for count, _, _ in found), sum(len(at) for _, at, _ in found), {name: [] for name in scores}
+    if sure >= n or n > sure + close: return None
+    for (name, start, _, _), (_, at, size) in zip(chunks, found): near[name].append((torch.as_tensor(at) + start, torch.as_tensor(size)))
+    return _settle(near, died, n - sure, round)
+
+def _sift_all(chunks, round, a, b, wide, most):
+    "[(how many sure, places and magnitudes of the undecided)] of some chunks; None if something is not finite, [] if more than `most` are undecided"
+    out = []
+    for _, _, part, dead in chunks:
+        part = (part.double() if wide else part.float()).reshape(-1)
+        size = abs(part.numpy()) if part.device.type == "cpu" else part.abs()
+        if not size.max() < math.inf: return None
         count, at = _sift(size, dead, round, a, b)
-        sure, close = sure + count, close + len(at)
-        near[name].append((torch.as_tensor(at) + start, torch.as_tensor(size[at])))
-        if sure >= n or close > most: return None
-    return _settle(near, died, n - sure, round) if n <= sure + close else None
+        out.append((count, at, size[at])); most -= len(at)
+        if most < 0: return []
+    return out
 
 def _settle(near, died, n, round):
     "Of the undecided, name -> [(places, magnitudes)], mark the `n` smallest; the magnitude of the last one"

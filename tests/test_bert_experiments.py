@@ -1,5 +1,5 @@
 "The BERT experiments as a user meets them, at the scale of their defaults: a tiny BERT with random weights, which needs no extra"
-import json, sys
+import json
 import pandas as pd
 import pytest
 from rg_tickets import notebooks, runs

@@ -34,7 +34,7 @@ def table(task, sigma, seeds=range(3), control="imp", rounds=6):
     "A flow as a table, with exponents `sigma` of the magnitudes"
     rows = []
     for seed in seeds:
-        rng, t = np.random.default_rng([seed, *task.encode()]), .25 * np.arange(rounds)
+        rng, t = np.random.default_rng([seed, *task.encode(), *control.encode()]), .25 * np.arange(rounds)
         for name, s in zip(NAMES, np.array(sigma) + .01 * rng.normal(size=3)):
             rows += [dict(task=task, model="net", control=control, seed=seed, n=n, t=u, density=np.exp(-u), metric=.9, loss=.1, tensor=f"{name}.weight", count=100, alive=50, l1=np.exp(s * u), l2=1., largest=1., smallest=.1) for n, u in enumerate(t)]
     return pd.DataFrame(rows)
@@ -104,10 +104,11 @@ def test_compare(study, tmp_path):
     said = say("compare", study / "A-0", study / "C-0"); assert "One run of each" in said
     assert "give more seeds" in refused("compare", study / "A-0", study / "C-0", "--plot", tmp_path / "d.png")
     said = say("compare", *(f"{name}={study}/{run}" for name, run in zip("XXYY", ("A-0", "A-1", "C-0", "C-1")))); assert "X" in said and "standard errors" in said
-    null = Flow_with_null(tmp_path); assert "dsigma" not in say("compare", null, "--against", "untrained")
+    said = say("compare", with_null(tmp_path), "--against", "untrained"); assert "2 systems" in said and "untrained" not in said
 
 
-def Flow_with_null(at):
+def with_null(at):
+    "Two tasks and the null of each"
     pd.concat([table("A", (.2, .1, -.1)), table("B", (.2, -.1, .1)), *(table(o, (.1, 0, 0), control="untrained") for o in "AB")]).to_csv(at / "null.csv", index=False); return at / "null.csv"
 
 
@@ -143,4 +144,4 @@ def test_our_own_runs_cannot_be_audited(real, study):
 
 def test_places_that_cannot_be_written(study, tmp_path):
     assert "as .png, .pdf or .svg" in refused("flow", study, "--plot", tmp_path / "f.txt"); assert "could not write" in refused("flow", study, "-o", "/dev/null/f.csv")
-    assert "did you mean 'block'?" in refused("flow", study, "--by", "blok") and "did you mean 'untrained'?" in refused("compare", Flow_with_null(tmp_path), "--against", "untraind")
+    assert "did you mean 'block'?" in refused("flow", study, "--by", "blok") and "did you mean 'untrained'?" in refused("compare", with_null(tmp_path), "--against", "untraind")

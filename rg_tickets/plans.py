@@ -471,7 +471,9 @@ def _weights(plan):
     "Weights from elsewhere: (name, bytes, where, is it there)"
     specs = [*plan.work.runs, *(c.target for c in plan.work.crossings)]; made = {s.id for s in plan.work.runs}
     for source, model in dict.fromkeys((s.pretrained, s.model) for s in specs if s.pretrained):
-        if not source.startswith("torchvision:"): yield source, 0, "made by this plan" if any(o in str(source) for o in made) else "a file of yours", any(o in str(source) for o in made) or Path(source).exists(); continue
+        if not source.startswith("torchvision:"):
+            own = any(o in source for o in made)
+            yield Path(source).name[:30], 0, f"{source}, " + ("made by a run of this plan" if own else "a file of yours"), own or Path(source).exists(); continue
         import torchvision
         w = torchvision.models.get_model_weights(model)[source.partition(":")[2]]; path = Path(torch.hub.get_dir()) / "checkpoints" / w.url.rpartition("/")[2]
         yield source, int(w.meta.get("_file_size", 0) * 1e6), str(path), path.exists()

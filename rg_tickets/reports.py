@@ -125,6 +125,7 @@ def flow_report(
     if "untrained" not in set(flow.frame.control): lines.append("No untrained null is among these runs; a network that was never trained has exponents too.")
     return table, lines
 
+# %% ../nbs/40e_reports.ipynb #2d1c7795
 def draw_flow(
     flow: Flow,  # any number of runs
     by: str = "block", window: str = "all",  # as in `flow_report`

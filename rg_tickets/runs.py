@@ -183,6 +183,8 @@ def execute(
     return home
 
 # %% ../nbs/40_runs.ipynb #2e49f94b
+dry = contextvars.ContextVar("dry", default=None)  # while `40c_plans` makes a plan: a function that is told what would be run; nothing is run or written
+
 def writable(
     folder,  # a folder, made if need be
 ) -> Path:  # the same folder
@@ -208,8 +210,6 @@ def grid(
     return [Spec(**s) for s in specs]
 
 # %% ../nbs/40_runs.ipynb #c44d51e6
-dry = contextvars.ContextVar("dry", default=None)  # while `40c_plans` makes a plan: a function that is told what would be run; nothing is run or written
-
 class RunsFailed(RuntimeError):
     "Some runs of a study failed; the others are complete"
 

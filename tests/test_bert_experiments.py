@@ -6,6 +6,8 @@ from rg_tickets import notebooks, runs
 from rg_tickets.models import berts
 from rg_tickets.tickets import Ticket
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def imp(tmp_path_factory):

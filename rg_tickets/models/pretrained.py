@@ -186,7 +186,7 @@ def _cached(url, download, size=""):
 def _torchvision(network, weights, download):
     "The file of torchvision's weights called so for a network like this one"
     name = getattr(network, "name", None) or _looks_like(network.state_dict()) or type(network).__name__
-    table = {n: torchvision.models.get_model_weights(n).__members__ for n in MODELS if not n.startswith("cifar")}
+    table = {n: torchvision.models.get_model_weights(n).__members__ for n in MODELS if hasattr(torchvision.models, n)}
     if name not in table: raise PretrainedError(f"torchvision has no weights for {name}: it has them for {', '.join(table)}")
     entry = lookup(weights, table[name], f"weights of {name} in torchvision")
     return _cached(entry.url, download, f" ({entry.meta['_file_size']:.0f} MB)" if "_file_size" in entry.meta else "")

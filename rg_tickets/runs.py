@@ -203,11 +203,11 @@ def grid(
     **lists,  # field=[values]
 ) -> list:  # of Spec, the last list varying fastest
     "Every combination of the lists"
-    specs = [asdict(base)]
+    specs = [base]
     for name, values in lists.items():
         lookup(name, {f.name: f for f in fields(Spec)}, "field of a run")
-        specs = [s | {name: v} for s in specs for v in values]
-    return [Spec(**s) for s in specs]
+        specs = [replace(s, **{name: v}) for s in specs for v in values]
+    return specs
 
 # %% ../nbs/40_runs.ipynb #c44d51e6
 class RunsFailed(RuntimeError):

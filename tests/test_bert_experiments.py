@@ -73,7 +73,7 @@ def test_transfer(tmp_path):
     assert gaps[gaps.kind == "own"].gap.eq(0).all() and gaps[gaps.kind != "dense"].density.nunique() == 1
 
 
-WRONG = {"scale": (dict(scale="papers"), "did you mean 'paper'?"), "task": (dict(tasks=["topik"]), "did you mean 'topic'?"), "variant": (dict(variants=["hrad"]), "did you mean 'hard'?"), "rounds": (dict(rounds=1), "too few for a slope")}
+WRONG = {"scale": (dict(scale="papers"), "did you mean 'paper'?"), "task": (dict(tasks=["topik"]), "did you mean 'topic'?"), "variant": (dict(variants=["haard"]), "did you mean 'hard'?"), "rounds": (dict(rounds=1), "too few for a slope")}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "task" else pytest.mark.slow) for c in WRONG])

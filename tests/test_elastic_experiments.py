@@ -9,7 +9,7 @@ from rg_tickets.runs import RunsFailed, Spec, grid, trajectories
 from rg_tickets.stretching import WAYS, Bridge, Stretching, beside, ranking, solved, stretched, stretchings
 from rg_tickets.tickets import Ticket
 
-SPEC = Spec(width=4, rounds=3, prune=.4, rewind="2it", n_train=64, n_test=100, options=dict(size=8), recipe=dict(epochs=1, batch_size=32, lr=.1))
+SPEC = Spec(width=4, rounds=3, prune=.4, rewind="1it", n_train=64, n_test=100, options=dict(size=8), recipe=dict(epochs=1, batch_size=32, lr=.1))
 
 pytestmark = pytest.mark.slow
 

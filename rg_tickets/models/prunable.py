@@ -56,6 +56,7 @@ PRESETS = {  # name -> Preset
     "open_lth": Preset((nn.Conv2d, nn.Linear), "open_lth, ElasticLTH: every Conv2d and Linear, classifier included", head=True),
     "cv_lth": Preset((nn.Conv2d,), "CV_LTH_Pre-training: every Conv2d but the first, no classifier", exclude=(r"^conv1\.weight$",)),
     "bert_tickets": Preset((nn.Linear,), "BERT-Tickets: the six matrices of each layer, and the pooler", only=_BERT),
+    "encoder": Preset((nn.Linear,), "ours: the six matrices of each layer of a BERT, without the pooler", only=_BERT[:1]),
     "all": Preset((*_CONV, nn.Linear, nn.Embedding), "every convolution, linear layer and embedding", head=True)}
 
 # %% ../../nbs/12_prunable.ipynb #5faad13f

@@ -93,30 +93,36 @@ def survivors(
     return int(np.count_nonzero(died.numpy() > n)) if died.device.type == "cpu" else int((died > n).sum())
 
 # %% ../nbs/19_selection.ipynb #078fd662
+def _every(t, start, stride):
+    "Entries start, start + stride, ... of the flat order; nothing else is copied"
+    if t.is_contiguous(): return t.view(-1)[start::stride]
+    return t[torch.unravel_index(torch.arange(start, t.numel(), stride, device=t.device), t.shape)]
+
 def _bracket(
     scores: dict,  # name -> tensor
     died: dict,  # name -> uint8 tensor, rounds of death
     n: int,  # rank, from 1
-    wide: bool,  # some scores are 64-bit floats
 ) -> tuple:  # (a, b): the n-th smallest surviving magnitude is between them, or the sample was unlucky
     "Two magnitudes around the `n`-th smallest, from a sample of the weights"
     total = sum(s.numel() for s in scores.values())
     if total <= 2**16: return 0., math.inf
-    share, draws, sample = total ** (-1 / 3), generator(0, "sieve"), []
+    stride, draws, sample = round(total ** (1 / 3)), generator(0, "sieve"), []
+    while math.gcd(stride, 210) > 1: stride += 1  # in step with no usual shape
     for name, s in scores.items():
-        at = torch.randint(s.numel(), (math.ceil(share * s.numel()),), generator=draws).to(s.device)
-        size = s.detach().reshape(-1)[at].abs()
-        sample.append((size.double() if wide else size.float())[died[name].view(-1)[at] == ALIVE])
-    sample, spread = torch.cat(sample), 5 * math.sqrt(share * n) + 1
-    low, high = math.floor(share * n - spread), math.ceil(share * n + spread)
-    return sample.kthvalue(low).values.item() if low > 0 else 0., sample.kthvalue(high).values.item() if high <= len(sample) else math.inf
+        start = int(torch.randint(stride, (1,), generator=draws))
+        sample.append(_every(s.detach(), start, stride).abs().double()[_every(died[name], start, stride) == ALIVE])
+    sample, rank = torch.cat(sample).cpu().numpy(), n / stride
+    low, high = math.floor(rank - 5 * math.sqrt(rank) - 1), math.ceil(rank + 5 * math.sqrt(rank) + 1)
+    ends = [k - 1 for k in (low, high) if 0 < k <= len(sample)]
+    ordered = np.partition(sample, ends) if ends else sample
+    return float(ordered[low - 1]) if low > 0 else 0., float(ordered[high - 1]) if high <= len(sample) else math.inf
 
 # %% ../nbs/19_selection.ipynb #77aa3617
 def _chunks(scores, died):
     "List (name, start, scores, rounds of death) of all chunks; nothing is copied, tensors of another memory order are cut along their rows"
     out = []
     for name, s in scores.items():
-        step, s, dead = 2**16 if s.device.type == "cpu" else 2**23, s.detach(), died[name].view(-1)
+        step, s, dead = 2**18 if s.device.type == "cpu" else 2**23, s.detach(), died[name].view(-1)
         s, row = (s.view(-1), 1) if s.is_contiguous() else (s, s[0].numel())
         rows = max(1, step // row)
         out += [(name, i * row, s[i:i + rows], dead[i * row:(i + rows) * row]) for i in range(0, len(s), rows)]
@@ -126,9 +132,8 @@ def _sift(size, dead, round, a, b):
     "Mark the survivors below `a` in place; how many they are, and where those between `a` and `b` are"
     cpu = isinstance(size, np.ndarray)
     d = dead.numpy() if cpu else dead
-    live = d == ALIVE
-    sure = (size < a) & live
-    close = ((size <= b) & live) ^ sure
+    live, sure, close = d == ALIVE, size < a, size <= b
+    sure &= live; close &= live; close ^= sure
     if not cpu: dead.masked_fill_(sure, round); return int(sure.sum()), close.nonzero().flatten()
     d -= sure.view(np.uint8) * np.uint8(ALIVE - round)  # arithmetic has no branches to mispredict
     return np.count_nonzero(sure), np.flatnonzero(close)
@@ -136,38 +141,44 @@ def _sift(size, dead, round, a, b):
 # %% ../nbs/19_selection.ipynb #7cbf43d2
 def _sieve(scores, died, n, round, wide):
     "Mark the `n` smallest as dead in `round`; the magnitude of the last one, or None if the sample was unlucky"
-    bracket, chunks, most = _bracket(scores, died, n, wide), _chunks(scores, died), sum(s.numel() for s in scores.values()) // 8 + 2**16
+    bracket, chunks, most = _bracket(scores, died, n), _chunks(scores, died), sum(s.numel() for s in scores.values()) // 8 + 2**16
     hands = torch.get_num_threads() if len(chunks) > 64 and chunks[0][2].device.type == "cpu" else 1
     with ThreadPoolExecutor(hands) as pool:  # NumPy lets go of Python's lock while it works
         shares = list(pool.map(lambda i: _sift_all(chunks[i::hands], round, *bracket, wide, most), range(hands)))
     if None in shares: check_finite(scores)
     if [] in shares: return None
     found = [shares[i % hands][i // hands] for i in range(len(chunks))]
-    sure, close, near = sum(count for count, _, _ in found), sum(len(at) for _, at, _ in found), {name: [] for name in scores}
+    sure, close = sum(count for count, _, _ in found), sum(len(at) for _, at, _ in found)
     if sure >= n or n > sure + close: return None
-    for (name, start, _, _), (_, at, size) in zip(chunks, found): near[name].append((torch.as_tensor(at) + start, torch.as_tensor(size)))
+    near = {}
+    for (name, start, _, _), (_, at, size) in zip(chunks, found): near.setdefault(name, []).append((at + start, size))
     return _settle(near, died, n - sure, round)
+
+def _magnitudes(part, wide, desk):
+    "The magnitudes of a chunk; on a CPU as an array, written to `desk`"
+    part = (part.double() if wide else part.float()).reshape(-1)
+    return part.abs() if part.device.type != "cpu" else np.abs(part.numpy(), out=desk[:part.numel()])
 
 def _sift_all(chunks, round, a, b, wide, most):
     "[(how many sure, places and magnitudes of the undecided)] of some chunks; None if something is not finite, [] if more than `most` are undecided"
-    out = []
+    out, desk = [], np.empty(max((part.numel() for _, _, part, _ in chunks), default=0), np.float64 if wide else np.float32)  # one buffer that stays in the cache
     for _, _, part, dead in chunks:
-        part = (part.double() if wide else part.float()).reshape(-1)
-        size = abs(part.numpy()) if part.device.type == "cpu" else part.abs()
+        size = _magnitudes(part, wide, desk)
         if not size.max() < math.inf: return None
         count, at = _sift(size, dead, round, a, b)
-        out.append((count, at, size[at])); most -= len(at)
+        out.append((count, at, size[at]) if part.device.type == "cpu" else (count, at.cpu().numpy(), size[at].cpu().numpy())); most -= len(at)
         if most < 0: return []
     return out
 
 def _settle(near, died, n, round):
     "Of the undecided, name -> [(places, magnitudes)], mark the `n` smallest; the magnitude of the last one"
-    near = {name: [torch.cat(part) for part in zip(*parts)] for name, parts in near.items()}
-    key = torch.cat([size for _, size in near.values()]).kthvalue(n).values
-    ties = n - sum(int((size < key).sum()) for _, size in near.values())
+    near = {name: [np.concatenate(part) for part in zip(*parts)] for name, parts in near.items()}
+    sizes = np.concatenate([size for _, size in near.values()])
+    key = np.partition(sizes, n - 1)[n - 1]
+    ties = n - np.count_nonzero(sizes < key)
     for name, (at, size) in near.items():
         tied = at[size == key][:ties]
-        died[name].view(-1)[torch.cat([at[size < key], tied])] = round
+        died[name].view(-1)[torch.from_numpy(np.concatenate([at[size < key], tied])).to(died[name].device)] = round
         ties -= len(tied)
     return key.item()
 

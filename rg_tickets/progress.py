@@ -59,8 +59,9 @@ class Watch:
         planned = _read(self.folder / "plan.json")
         if planned is None: return
         at = {run["id"]: far(self.folder / run["id"]) for run in planned}
-        if self.all is None: self.all = tqdm(total=sum(r["rounds"] + 1 for r in planned), initial=sum(at.values()), desc="all runs", **self.kwargs,
-                                             bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
+        total = sum(r["rounds"] + 1 for r in planned)
+        if self.all is not None and self.all.total != total: self.close(); self.all, self.bars = None, {}  # a notebook that goes on to its next plan
+        if self.all is None: self.all = tqdm(total=total, initial=sum(at.values()), desc="all runs", **self.kwargs, bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
         self.all.n = sum(at.values()); self.all.refresh()
         for run in planned: self.one(run, at[run["id"]])
 

@@ -29,11 +29,11 @@ setup(
     ],
     packages=find_packages(include=[lib, f"{lib}.*"]) + [experiments],
     package_dir={experiments: "nbs/experiments"},
-    package_data={experiments: ["*.ipynb"]},
+    package_data={experiments: ["*.ipynb", "*.yaml", "reports/*.ipynb"]},
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("embedded", "bert", "text", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("embedded", "bert", "text", "dev")} | {"dask": ["distributed"]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -309,10 +309,10 @@ def steps_of(
     per_epoch = max(1, facts(spec, root).train // recipe.batch_size); end = recipe.epochs * per_epoch
     rewind = PRUNE_TYPES[spec.prune_type].rewind if spec.prune_type else spec.rewind
     k = policy(rewind, per_epoch)[1]
-    if crosses(o): passes, extra = int(not (o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None))), 0
+    if crosses(o): passes, extra = getattr(o, "trainings", int(not (o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None)))), 0
     else: passes, extra = dict(every=spec.rounds + 1, once=1, never=0)[CONTROLS[spec.control].train], k
     dense = end if not crosses(o) and spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense" else 0
-    return dict(epochs=recipe.epochs, batch=recipe.batch_size, per_epoch=per_epoch, passes=passes + bool(dense), steps=extra + passes * (end - k) + dense, tested=passes if crosses(o) else spec.rounds + 1)
+    return dict(epochs=recipe.epochs, batch=recipe.batch_size, per_epoch=per_epoch, passes=passes + bool(dense), steps=extra + passes * (end - k) + dense, tested=getattr(o, "points", passes) if crosses(o) else spec.rounds + 1)
 
 # %% ../nbs/40c_plans.ipynb #2b72f2f9
 _NAME, _HEADER, _LINE = 120, 210, 190  # bytes per tensor of a ticket's file, and per round and prunable tensor in its header and in flow.csv

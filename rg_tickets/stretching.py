@@ -232,7 +232,13 @@ class Bridge:
     other: str = "own"  # the other end: a name in `WAYS`
     points: int = 11  # on the line, ends included
     batches: int | None = None  # training batches for the batch-norm statistics of a point, by default an epoch
-    rounds = 0
+    rounds, kind, trainings = 0, "line", 2  # both ends are trained
+
+    @property
+    def source(self) -> Spec: return self.stretching.source
+
+    @property
+    def target(self) -> Spec: return self.stretching.target
 
     @property
     def id(self) -> str:

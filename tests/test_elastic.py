@@ -3,6 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, ResNet
 from rg_tickets import free
 from rg_tickets.basics import generator
 from rg_tickets.elastic import BLOCKS, STRATEGIES, block_map, blocks, drift, every_map, fitted, guided, parse, stretch
@@ -65,16 +67,22 @@ def test_a_map_of_maps():
     with pytest.raises(TicketError, match="does not fit"): apply(stretch(ticket, "interpolate", 44), cifar(56))
 
 
-def imagenet(name, classes=10): return resnet(name, classes=classes, stem="cifar")
+def imagenet(name, classes=10):
+    "torchvision's own module; ResNet-26 is the original authors'"
+    return ResNet(BasicBlock, [2, 3, 4, 3], num_classes=classes) if name == "resnet26" else getattr(torchvision.models, name)(num_classes=classes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source, target, strategy", [("resnet18", "resnet34", "append"), ("resnet18", "resnet26", "interpolate"), ("resnet26", "resnet18", "drop-tail"),
                                                       ("resnet26", "resnet34", "interpolate"), ("resnet34", "resnet26", "interval")])
-def test_basic_block_networks(source, target, strategy):
-    net = imagenet(source); ticket = Ticket(net.state_dict(), MaskHistory.dense(prunable(net)), about=dict(model=source))
-    there = stretch(ticket, strategy, target); network = apply(there, imagenet(target))
-    assert blocks(network) == BLOCKS[target] and there.about["model"] == target and network.eval()(torch.zeros(1, 3, 8, 8)).isfinite().all()
+def test_torchvision_networks(source, target, strategy):
+    net = imagenet(source); state = net.state_dict(); ticket = Ticket(state, MaskHistory.dense(prunable(net)), about=dict(model=source))
+    there = stretch(ticket, strategy, target); network = imagenet(target); network.load_state_dict(there.weights, strict=True)
+    assert blocks(network) == BLOCKS[target] and there.about["model"] == target and network.eval()(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    for k in ("conv1.weight", "bn1.running_var", "fc.weight", "layer2.0.downsample.0.weight", "layer4.0.conv1.weight"): assert torch.equal(there.weights[k], state[k])
+    for n, sources in enumerate(fitted(there.about["stretched"]["map"], source, target)):
+        for j, i in enumerate(sources): assert torch.equal(there.weights[f"layer{n + 1}.{j}.conv2.weight"], state[f"layer{n + 1}.{i}.conv2.weight"]), (n, j, i)
+    other = resnet(target, classes=10); apply(there, other)
+    assert all(torch.equal(t, there.weights[k]) for k, t in other.state_dict().items())
 
 
 def test_bottlenecks_have_another_name():

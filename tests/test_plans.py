@@ -87,7 +87,7 @@ def test_resnet_imp_by_hand(scale, expected, tmp_path, monkeypatch):
         assert set(frame.prunable) == {23_445_504} and set(frame.weights) == {23_445_504 + 3 * 64 * 9 + 2 * 26_560 + 2048 * 10 + 10}  # convolutions, the first apart; scale and shift of 26,560 channels; classifier
         flops = plan.measured[next(iter(plan.measured))][1].flops
         assert flops == pytest.approx(3 * 2 * 1.2977e9, rel=.01)  # 1.30 GMAC forward, twice that backward
-    for line in str(plan).splitlines(): assert len(line) <= 120, line
+    for line in str(plan).splitlines(): assert len(line) <= 100, line
     assert not any(tmp_path.iterdir())
 
 
@@ -120,5 +120,5 @@ def test_command_refuses(words, says, capsys, monkeypatch, tmp_path):
 def test_every_experiment_has_a_plan(name, scale, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = plans.plan_of(name, dict(scale=scale), seconds=0)
-    assert len(plan.frame) and not plan.work.others and max(map(len, str(plan).splitlines())) <= 120
+    assert len(plan.frame) and not plan.work.others and max(map(len, str(plan).splitlines())) <= 100
     assert not any(tmp_path.iterdir())

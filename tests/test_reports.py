@@ -98,7 +98,6 @@ def test_audit(tmp_path):
     say("audit", at, "--rate", .3, code=1)  # the counts are not those of 30 %
 
 
-@pytest.mark.slow
 def test_compare(study, tmp_path):
     said = say("compare", study, "-o", tmp_path / "c.csv", "--plot", tmp_path / "c.png")
     assert "C: stands alone" in said and "A: cannot be told from B" in said and (tmp_path / "c.png").exists() and set(pd.read_csv(tmp_path / "c.csv").kind) >= {"errors", "pearson"}

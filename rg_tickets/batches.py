@@ -7,7 +7,7 @@ __all__ = ['BYTES', 'NODES', 'STATES', 'safe_yaml', 'Step', 'Study', 'Job', 'stu
            'in_words', 'status', 'lines', 'collect', 'show']
 
 # %% ../nbs/40f_batches.ipynb #11753357
-import contextlib, functools, hashlib, itertools, json, math, os, re, time
+import hashlib, itertools, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files

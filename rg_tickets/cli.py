@@ -95,8 +95,9 @@ def _dry(study, folder):
         does = f"{len(work.runs)} runs{f', {len(work.crossings)} transfers' * bool(work.crossings)}" if work else "reads what is done"
         waits = " ".join(f"{word} {', '.join(sorted({o.step for o in todo if o.id in ids}))};" for word, ids in (("needs", job.needs), ("after", job.after)) if ids)
         typer.echo(f"  {str(job):<40.40} {job.experiment:<18} {does:<26} {waits.rstrip(';')}".rstrip())
-    typer.echo(f"\nWhat one of them costs: rg-tickets run EXPERIMENT parameter=value ... --dry-run")
+    typer.echo("\nWhat one of them costs: rg-tickets run EXPERIMENT parameter=value ... --dry-run")
 
+# %% ../nbs/41_cli.ipynb #2111c856
 @app.command()
 def study(
     file: Optional[str] = typer.Argument(None, metavar="FILE|NAME", help="a study file (YAML), or a study that comes with the package"),

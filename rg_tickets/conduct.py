@@ -159,7 +159,8 @@ def conduct(
     every: float = 2.,  # seconds between looks
 ):  # a DataFrame: see `batches.status`
     "Do what is missing of a study; RuntimeError if another process is at it"
-    folder = writable(folder or study.folder or Path("runs") / study.study); todo = study.jobs(); check(todo)
+    todo = study.jobs(); check(todo)
+    folder = writable(folder or study.folder or Path("runs") / study.study)
     with _patient(folder, ".study.lock", 1), (contextlib.nullcontext(executor) if isinstance(executor, Team) else team(executor, jobs)) as workers:
         kept, screen = Kept(folder), Screen(folder, out)
         kept.keep(study, todo)

@@ -64,7 +64,7 @@ def parsed(
     "Parameters from the command line"
     def value(text, kind):
         if kind == "str": return text
-        if kind == "list": return [value(o, "") for o in text.split(",")]
+        if kind == "list": return [value(o, "") for o in text.strip("[] ").split(",")] if text.strip("[] ") else []
         try: return ast.literal_eval(text)
         except (ValueError, SyntaxError): return {"true": True, "false": False, "none": None}.get(text.lower(), text)
     known, given = parameters(name), {}

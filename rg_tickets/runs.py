@@ -21,6 +21,7 @@ from .masks import Schedule
 from .models.prunable import PRESETS
 from .models.resnets import resnet
 from .progress import note, plan, watching
+from .ranks import world
 from .rewind import PRUNE_TYPES, prepare
 from .tasks.images import image_task
 from .tickets import Ticket
@@ -168,9 +169,10 @@ def execute(
     ticket: str | None = None,  # ticket file whose masks to follow, for controls that do
 ) -> Path:  # the run's folder
     "Run a spec, or take it up where it was left"
-    home, where = writable(Path(folder) / spec.id), find_device(device)
-    say = lambda n, step, steps, done=False: note(home, n, step, steps, spec.rounds, done)
-    with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(spec), indent=1))
+    home, where, lead = writable(Path(folder) / spec.id), find_device(device), world().lead  # of several processes that make one run, one writes
+    say = lambda n, step, steps, done=False: note(home, n, step, steps, spec.rounds, done) if lead else None
+    if lead:
+        with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(spec), indent=1))
     rounds, kept = [], _rounds_kept(home)
     with one_thread(where):
         task, network = build(spec, root)
@@ -178,7 +180,7 @@ def execute(
         for r in imp(task, network, spec.rounds, Schedule(spec.prune, spec.schedule), rewind, Recipe(**spec.recipe), spec.seed, spec.control, spec.preset, spec.scope,
                      Ticket.load(ticket) if ticket else None, device=str(where), folder=home, report=say):
             rounds.append(r); say(r.n + 1, 0, 1)
-            if len(rounds) >= kept: _tables(home, spec, rounds)  # never fewer rounds than were there before
+            if lead and len(rounds) >= kept: _tables(home, spec, rounds)  # never fewer rounds than were there before
     say(spec.rounds + 1, 0, 1, done=True); (home / "error.txt").unlink(missing_ok=True)
     return home
 

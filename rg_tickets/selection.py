@@ -170,6 +170,7 @@ def _sift_all(chunks, round, a, b, wide, most):
         if most < 0: return []
     return out
 
+# %% ../nbs/19_selection.ipynb #c65aba50
 def _settle(near, died, n, round):
     "Of the undecided, name -> [(places, magnitudes)], mark the `n` smallest; the magnitude of the last one"
     near = {name: [np.concatenate(part) for part in zip(*parts)] for name, parts in near.items()}

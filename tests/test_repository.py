@@ -169,7 +169,7 @@ def test_experiment_can_be_told(path):
 def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"rg_tickets/experiments/{p.name}" for p in EXPERIMENTS} | {str(p.relative_to(ROOT)) for p in LIB.rglob("*.py")} <= names
-    assert "rg_tickets/experiments/resnet_imp.ipynb" in names
+    assert {f"rg_tickets/experiments/{p}" for p in ("resnet_imp.ipynb", "embedded.yaml", "reports/report.ipynb")} <= names
     assert not [n for n in names if n.split("/")[0] not in ("rg_tickets",) and ".dist-info/" not in n], "something else travels in the wheel"
 
 

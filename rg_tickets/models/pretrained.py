@@ -94,7 +94,7 @@ BESIDE = {  # regular expression -> what a tensor is that no backbone has
 def _strip(tensors, own):
     "The tensors without wrappers, what was found, and the names that are beside the network"
     found, beside, mine = [], {}, lambda prefix: any(k.startswith(prefix) for k in own)
-    while prefix := next((p for p in WRAPPERS if all(k.startswith(p) for k in tensors) and not mine(p)), None):
+    while prefix := next((p for p in WRAPPERS if tensors and all(k.startswith(p) for k in tensors) and not mine(p)), None):
         tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}; found.append(WRAPPERS[prefix])
     if prefix := next((p for p in INNER if any(k.startswith(p) for k in tensors) and not mine(p)), None):
         beside = {k: _beside(k) or "beside the network" for k in tensors if not k.startswith(prefix)}

@@ -28,7 +28,7 @@ def setup(name, **given):
 def imp(tmp_path_factory):
     "bert_imp at smoke scale, with every variant that changes the protocol"
     folder = tmp_path_factory.mktemp("bert") / "imp"
-    notebooks.run("bert_imp", folder, dict(jobs=1, variants=["hard", "head", "arithmetic"]))
+    notebooks.run("bert_imp", folder, dict(jobs=1, variants=["hard", "head", "arithmetic", "layers"]))
     return folder
 
 
@@ -39,7 +39,7 @@ def test_imp_leaves_what_it_promises(imp):
     assert set(flow.task) == {"topic", "mlm"} and set(flow.control) == {"imp", "untrained"} and flow.groupby(["task", "control", "seed"]).n.nunique().eq(3).all()
     assert flow.tensor.nunique() == 2 * 6 + 1  # the matrices of two layers, and the pooler
     assert set(table.by) == {"layer", "role"} and {"query", "key", "value", "attention out", "up", "down", "pooler"} <= set(table.group)
-    assert set(varied.task) == {"topic, hard", "topic, head", "topic, arithmetic"}
+    assert set(varied.task) == {"topic, hard", "topic, head", "topic, arithmetic", "topic, layers"}
     assert flow[flow.control == "untrained"].groupby(["seed", "n", "tensor"]).l1.nunique().eq(1).all()  # the null does not know its task
     assert "topic" in (imp / "verdict.txt").read_text() and pd.read_csv(imp / "distance.csv").distance.ge(0).all()
 

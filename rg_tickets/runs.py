@@ -101,10 +101,10 @@ def _texts(spec, root):
     "A text task and a BERT; the small ones know only the pieces of words that the embedded texts use"
     from rg_tickets.models.berts import bert
     from rg_tickets.tasks.text import corpus_vocabulary, text_task
-    said = dict(tokenizer="docstrings:1000" if spec.model == "tiny" else "minilm") | spec.options
-    ids = corpus_vocabulary("minilm") if spec.model == "minilm3" else None
+    name = spec.model.removesuffix("_shuffled"); said = dict(tokenizer="docstrings:1000" if name == "tiny" else "minilm") | spec.options
+    ids = corpus_vocabulary("minilm") if name == "minilm3" else None
     task = text_task(spec.task, spec.n_train, spec.n_test, vocabulary=ids, root=root, **said)
-    size = dict(vocab_size=task.about["vocabulary"]) if spec.model == "tiny" else {}
+    size = dict(vocab_size=task.about["vocabulary"]) if name == "tiny" else {}
     return task, task.network(bert(spec.model, task.about["head"], task.classes or 2, spec.seed, vocabulary=ids, **size))
 
 SYSTEMS = {

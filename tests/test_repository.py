@@ -1,5 +1,5 @@
 "The tree as a whole: notebooks and modules agree, the README is current, budgets hold, the wheel is complete"
-import ast, io, json, os, re, subprocess, sys, tokenize, zipfile
+import ast, csv, io, json, os, re, subprocess, sys, tokenize, zipfile
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
@@ -164,6 +164,14 @@ def test_experiment_can_be_told(path):
         assert ast.unparse(node.annotation) in ("str", "int", "float", "bool", "list", "dict")
         assert len(lines[node.lineno - 1].partition("  # ")[2]) > 3, f"{node.target.id} lacks a comment"
     assert found["scale"] == "smoke" and "folder" in found
+
+
+def test_readme_tells_the_verdicts_that_53_computes():
+    "Refreshing `53_universality` writes the table; the README must show that one and no other"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with open(ROOT / "nbs" / "results" / "verdicts.csv", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    assert [o["claim"] for o in rows] == ["C1", "C2", "C3", "C4", "C5"]
+    for o in rows: assert f"*{o['at this scale']}* | {o['numbers']} |" in text, f"{o['claim']}: refresh nbs/index.ipynb and run .ci/readme.py"
 
 
 def test_wheel_is_complete(wheel):

@@ -1,6 +1,6 @@
 """Build README.md from nbs/index.ipynb: python .ci/readme.py [--check]
 
-Hidden cells are dropped, directive lines removed, figures written to nbs/figures/. With --check nothing is written and the
+Hidden cells and links to neighbours are dropped, directive lines removed, figures written to nbs/figures/. With --check nothing is written and the
 exit status says whether README.md is current."""
 import argparse
 import re
@@ -24,7 +24,7 @@ def split(source):
 def visible(cells):
     "The cells a reader of the README sees"
     for cell in cells:
-        if cell.cell_type == "raw": continue
+        if cell.cell_type == "raw" or "links" in cell.metadata.get("tags", []): continue
         if cell.cell_type == "code":
             directives, cell.source = split(cell.source)
             if directives.keys() & {"hide", "default_exp"} or not (cell.source or cell.outputs): continue
@@ -38,6 +38,7 @@ def build():
     nb.metadata["language_info"] = {"name": "python"}  # the cleaner takes it out; without it code blocks have no language
     nb.cells = list(visible(nb.cells))
     text, resources = MarkdownExporter(exclude_input_prompt=True).from_notebook_node(nb, {"output_files_dir": "nbs/figures", "unique_key": "index"})
+    text = re.sub(r"\]\((?!\w+:|#)([^()]+\.ipynb)", r"](nbs/\1", text)  # beside the notebooks in nbs/, not beside README.md
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip() + "\n"
     return "<!-- built from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n" + text, resources["outputs"]
 

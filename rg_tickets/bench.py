@@ -6,7 +6,7 @@
 __all__ = ['in_turns', 'ratios', 'extra_memory', 'machine', 'magnitudes', 'one_pass', 'torch_global', 'plain_imp']
 
 # %% ../nbs/42_bench.ipynb #e883fb55
-import contextlib, ctypes, gc, os, platform, re, sys, threading, time
+import contextlib, ctypes, gc, os, platform, re, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd

@@ -8,11 +8,13 @@ __all__ = ['curves', 'leaves', 'critical', 'plot_critical', 'quality', 'averaged
 
 # %% ../nbs/33b_critical.ipynb #a5a0fbd3
 from dataclasses import dataclass
+from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats
 from .basics import lookup, stream
+from .figures import SERIES, TIME, bare, legend, shades, zero_line
 from .flows import LABELS, Flow
 
 # %% ../nbs/33b_critical.ipynb #0844fc39
@@ -77,9 +79,9 @@ def plot_critical(
     ax=None,  # axes to draw on, new by default
 ) -> plt.Axes:
     "Metric minus the dense networks' against RG time, with the critical times and their intervals below"
-    table = critical(flow) if table is None else table; ax = ax or plt.subplots(figsize=(5, 3.4))[1]; ax.spines[["top", "right"]].set_visible(False)
+    table = critical(flow) if table is None else table; ax = bare(ax, size=(5, 3.4))
     vary = [k for k in LABELS if table[k].nunique() > 1] or ["task"]; data = curves(flow); foot = []
-    for i, (row, colour) in enumerate(zip(table.itertuples(), plt.cm.tab10(np.arange(len(table)) % 10))):
+    for i, (row, colour) in enumerate(zip(table.itertuples(), cycle(SERIES))):
         t, a = _stack(data[np.logical_and.reduce([data[k] == getattr(row, k) for k in LABELS])])
         ax.errorbar(t, (a - row.dense).mean(0), a.std(0, ddof=1), fmt="o-", ms=3, lw=1, color=colour, label=" · ".join(getattr(row, k) for k in vary), capsize=1.5)
         foot.append((row, colour))
@@ -89,7 +91,7 @@ def plot_critical(
         ax.plot([row.low, end], [y, y], color=colour, lw=1.5)
         ax.plot(min(row.t, row.last), y, "|" if row.kind == "left" else ">", color=colour, ms=7)
         if np.isinf(row.high) and row.kind == "left": ax.plot(end, y, ">", color=colour, ms=4)
-    ax.axhline(0, color="#bbbbbb", lw=.8, zorder=0); ax.legend(frameon=False, fontsize=7); ax.set(xlabel="RG time  t = ln N/alive", ylabel="metric minus dense")
+    zero_line(ax); legend(ax, fontsize=7); ax.set(xlabel=TIME, ylabel="metric minus dense")
     return ax
 
 # %% ../nbs/33b_critical.ipynb #7a733ca6
@@ -220,8 +222,8 @@ def plot_collapse(
     "Curves of all sizes before and after the shift"
     axes = axes if axes is not None else plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]; sizes = sorted(fitted.data["size"].unique())
     for ax, a, S in ((axes[0], 0., fitted.S0), (axes[1], fitted.a, fitted.S)):
-        for size, colour in zip(sizes, plt.cm.viridis(np.linspace(0, .85, len(sizes)))):
+        for size, colour in zip(sizes, shades(len(sizes))):
             g = fitted.data[fitted.data["size"] == size]; ax.errorbar(g.t - a * np.log(size), g.y, g.dy, fmt="o-", ms=3, lw=1, color=colour, label=f"size {size:g}")
-        ax.set_title(f"a = {a:.2f}" + (f" ± {fitted.se:.2f}" if a else "") + f",  S = {S:.2g}", fontsize=10); ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set(xlabel="t", ylabel="metric minus dense"); axes[1].set(xlabel="t - a ln(size)"); axes[0].legend(frameon=False, fontsize=8)
+        ax.set_title(f"a = {a:.2f}" + (f" ± {fitted.se:.2f}" if a else "") + f",  S = {S:.2g}", fontsize=10); bare(ax)
+    axes[0].set(xlabel="t", ylabel="metric minus dense"); axes[1].set(xlabel="t - a ln(size)"); legend(axes[0])
     return tuple(axes)

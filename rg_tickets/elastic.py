@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from .basics import generator, lookup
+from .figures import shades
 from .free import times
 from .masks import ALIVE, MaskHistory
 from .models.prunable import groups
@@ -179,7 +180,7 @@ def plot_map(
 ) -> plt.Axes:
     "One stage of a map as arrows from the source's blocks to the target's; a dropped block is grey"
     ax, count = ax or plt.subplots(figsize=(2.5, 2))[1], count or max(sources) + 1
-    colours, middle = plt.cm.viridis(np.linspace(0, .85, count)), (len(sources) - count) / 2
+    colours, middle = shades(count), (len(sources) - count) / 2
     for j, i in enumerate(sources): ax.annotate("", (j, .86), (i + middle, .14), arrowprops=dict(arrowstyle="->", color=colours[i], lw=1.4))
     for y, row in ((0, range(count)), (1, sources)):
         for j, i in enumerate(row):

@@ -10,7 +10,6 @@ __all__ = ['flow_distance', 'overlap', 'overlaps', 'density_distance', 'family_d
 from dataclasses import dataclass
 from itertools import permutations
 import math
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy import stats

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from .archives import ArchiveError, read_run
 from .audit import audit, findings
 from .basics import lookup, replacing
+from .figures import SERIES, bare, legend
 from .flows import LABELS, Flow, exponents, plot_exponents, plot_flow
 from .hub import flow_of
 from .masks import Schedule
@@ -182,7 +183,7 @@ def draw_audit(
     "Share of the removed weights that each ranking explains, against the round"
     figure = Figure(figsize=(5, 3.2), layout="constrained"); ax = figure.subplots(); t = table.iloc[1:]
     for k, style in (("trained", "o-"), ("initial", "s-"), ("chance", "k:")): ax.plot(t.n, t[k], style, label=k, ms=4)
-    ax.set(xlabel="round $n$", ylabel="overlap with the removed", ylim=(0, 1.05)); ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="round $n$", ylabel="overlap with the removed", ylim=(0, 1.05)); legend(bare(ax))
     return figure
 
 # %% ../nbs/40e_reports.ipynb #162ddfe8
@@ -281,6 +282,6 @@ def draw_prediction(
 ) -> Figure:
     "Candidates from the top, by probability if there is one, else by distance"
     figure = Figure(figsize=(5, 1.2 + .3 * len(table)), layout="constrained"); ax = figure.subplots(); what = "probability" if "probability" in table else "distance"
-    ax.plot(table[what], range(len(table)), "o", color="#0072B2"); ax.set_yticks(range(len(table)), table.candidate); ax.invert_yaxis(); ax.spines[["top", "right"]].set_visible(False)
+    ax.plot(table[what], range(len(table)), "o", color=SERIES[0]); ax.set_yticks(range(len(table)), table.candidate); bare(ax).invert_yaxis()
     ax.set(xlabel={"probability": "probability of being transferable", "distance": "distance of flows"}[what], xlim=(0, 1 if what == "probability" else None))
     return figure

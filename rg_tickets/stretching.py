@@ -7,10 +7,9 @@ __all__ = ['WAYS', 'MAPS', 'KEYS', 'Way', 'Stretching', 'ranking', 'solved', 'ma
            'placed', 'agreement', 'Bridge']
 
 # %% ../nbs/40d_stretching.ipynb #514c2554
-import hashlib, json, re
+import hashlib, json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import numpy as np
 import pandas as pd
 from scipy import stats
 from .basics import lookup, replacing

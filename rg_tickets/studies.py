@@ -15,7 +15,7 @@ from .progress import note
 from .runs import Spec, build, complete, one_thread, waves, writable, write_csv
 from .tickets import Ticket, apply
 from .train import Recipe, device as find_device
-from .transfer import KINDS, gaps, matrix, recorded, transfer
+from .transfer import KINDS, recorded, transfer
 
 # %% ../nbs/40b_studies.ipynb #95425bb5
 @dataclass(frozen=True)

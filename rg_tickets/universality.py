@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import dendrogram, fcluster, linkage
 from scipy.linalg import helmert
 from scipy.spatial.distance import squareform
 from .basics import lookup, stream
+from .figures import SERIES
 from .flows import LABELS, Flow, matching, slopes
 
 # %% ../nbs/33_universality.ipynb #f2a76466
@@ -262,7 +263,7 @@ def plot_classes(
     K = len(found.label)
     tree, heat = axes if axes is not None else plt.subplots(1, 2, figsize=(8, 1. + .38 * K), width_ratios=(1, 1.4), layout="constrained")[1]
     order = dendrogram(found.tree, orientation="left", no_labels=True, ax=tree, color_threshold=0, above_threshold_color="#444444")["leaves"][::-1]
-    tree.axvline(found.cut, color="#D55E00", lw=1, ls="--"); tree.text(found.cut, tree.get_ylim()[1], " cut", color="#D55E00", fontsize=8, ha="right", va="bottom")
+    tree.axvline(found.cut, color=SERIES[0], lw=1, ls="--"); tree.text(found.cut, tree.get_ylim()[1], " cut", color=SERIES[0], fontsize=8, ha="right", va="bottom")
     tree.set_xlabel("distance in standard errors"); tree.spines[["top", "right", "left"]].set_visible(False)
     z = found.distances.iloc[order, order]; image = heat.imshow(z, cmap="viridis_r", vmin=0, aspect="auto")
     for i, j in np.ndindex(K, K):

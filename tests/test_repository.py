@@ -58,6 +58,11 @@ def test_export_and_clean_change_nothing(copy):
     assert sorted(k for k in before | after if before.get(k) != after.get(k)) == [], "run nbdev_export and nbdev_clean, and commit what they change"
 
 
+def test_links_between_notebooks_are_current():
+    done = call(sys.executable, ".ci/links.py", "--check", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_readme_is_current():
     done = call(sys.executable, ".ci/readme.py", "--check", cwd=ROOT)
     assert done.returncode == 0, f"README.md is not what nbs/index.ipynb gives: run python .ci/readme.py\n{done.stdout}{done.stderr}"

@@ -12,7 +12,6 @@ import importlib.util, math, re, string
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral
 from pathlib import Path
 import numpy as np
 import torch

@@ -161,7 +161,8 @@ def _checked(label, weights, masks, first):
     bad = [f"{k} ({shape.get(k, 'absent')} here, {(first or shape).get(k, 'absent')} before)" for k in shape | (first or shape) if shape.get(k) != (first or shape).get(k)]
     if bad: raise ArchiveError(f"{label} does not belong to the rounds before it: {_few(bad)}. Are two runs mixed in one folder?")
     bad = [k for k, m in masks.items() if not weights[k][m.bool()].isfinite().all()]
-    if bad: raise ArchiveError(f"{label}: {_few(bad)} holds weights that are NaN or infinite: training diverged, or the file is damaged; leave this round and those after it out")
+    if bad:
+        raise ArchiveError(f"{label}: {_few(bad)} holds weights that are NaN or infinite: training diverged, or the file is damaged; leave this round and those after it out")
     return {k: weights[k] for k in masks}, {k: m.bool() for k, m in masks.items()}
 
 class _Rounds(Sequence):
@@ -196,7 +197,8 @@ def measured(self) -> list:
     for i, n in enumerate(self.n):
         weights, masks = self.rounds[i]; tensors = measure(weights, masks)
         alive, total = (sum(t[k] for t in tensors) for k in ("alive", "count"))
-        if not alive: raise ArchiveError(f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out")
+        if not alive:
+            raise ArchiveError(f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out")
         scores = {"accuracy": math.nan} | self.rounds.metrics.get(i, {})
         rows.append(dict(n=n, time=math.log(total / alive), density=alive / total, loss=math.nan, metrics=scores, threshold=min(t["smallest"] for t in tensors if t["alive"]), tensors=tensors))
     return rows
@@ -238,7 +240,8 @@ def _places(path, pattern):
 def _gapless(found, where, what):
     "Refuse a sequence of rounds with a hole in it"
     lost = sorted(set(range(min(found), max(found) + 1)) - set(found))
-    if lost: raise ArchiveError(f"{where} has {what.format(min(found))} to {what.format(max(found))}, but {_few(map(what.format, lost))} is missing: copy it, or take away what comes after")
+    if lost:
+        raise ArchiveError(f"{where} has {what.format(min(found))} to {what.format(max(found))}, but {_few(map(what.format, lost))} is missing: copy it, or take away what comes after")
 
 def _one_below(path, pattern):
     "`path`, or the only folder below it, at most two down, in which names like `pattern` are"
@@ -335,7 +338,8 @@ def _cv_lth(path, after):
     if not names: raise ArchiveError(f"no file of {path} holds X_orig and X_mask: nothing was pruned in it, or only its dense round is here")
     parts = {n: (str(p), lambda p=p: (*_state(p, names), _accuracy(p) if part == "downstream" else {})) for n, p in files.items()}
     first = next(iter(files.values())); held = _entry(first, "init_weight")
-    if part == "best epochs" and 1 in files and 0 not in files and held: parts = {0: (f"init_weight in {first}", lambda: _state(first, names, "init_weight"))} | parts
+    if part == "best epochs" and 1 in files and 0 not in files and held:
+        parts = {0: (f"init_weight in {first}", lambda: _state(first, names, "init_weight"))} | parts
     notes = {"best epochs": ["weights of the best epoch, not always those that were ranked"] + ["round 0 is init_weight: state 0 is not trained"] * (0 in parts and 0 not in files)}.get(part, [])
     def start(): file = _File(first); return {k: file.tensor(t) for k, t in _own({k: t for k, t in file.content["init_weight"].items() if isinstance(t, _Later)}).items()}
     return Archive("cv_lth", _Rounds(list(parts.values())), list(parts), {"path": str(path), "part": part}, notes, start if isinstance(held, dict) else None)
@@ -419,7 +423,8 @@ def _pairs(path, after):
     folders = [p for p in path.iterdir() if p.is_dir() and _numbers(p.name) and _pair(p, "weights") and _pair(p, "mask")]
     weights, masks = ({tuple(_numbers(p.name)): next(iter(_pair(p, o).values())) for p in folders} or _pair(path, o) for o in ("weights", "mask"))
     if not weights or not masks: return None
-    if lone := sorted(set(weights) ^ set(masks)): raise ArchiveError(f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is a file of weights and a file of masks with the same number")
+    if lone := sorted(set(weights) ^ set(masks)):
+        raise ArchiveError(f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is a file of weights and a file of masks with the same number")
     order = sorted(weights)
     if all(len(k) == 1 for k in order): _gapless([k[0] for k in order], path, "round {}")
     def read(k): return read_weights(weights[k]), {n.removesuffix("_mask"): m for n, m in read_weights(masks[k]).items()}
@@ -444,7 +449,8 @@ def read_run(
     "Open the run in a folder; a missing folder is a FileNotFoundError, one with nothing recognisable or a round missing an ArchiveError"
     path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(errno.ENOENT, "no folder of a run here", str(path))
-    if after and kind not in ("auto", "pairs", "torch_prune"): raise ArchiveError(f"after=True is for the kinds pairs and torch_prune; the order of {kind} is known")
+    if after and kind not in ("auto", "pairs", "torch_prune"):
+        raise ArchiveError(f"after=True is for the kinds pairs and torch_prune; the order of {kind} is known")
     kinds = KINDS if kind == "auto" else {kind: lookup(kind, KINDS, "kind of run")}
     for reader, _ in kinds.values():
         if archive := reader(path, after): return archive

@@ -16,7 +16,7 @@ from .masks import Schedule
 def overlap(
     score: torch.Tensor,  # [survivors] what may have ranked them
     gone: torch.Tensor,  # [survivors] bool, which of them were removed
-) -> tuple:  # (share of the removed that are among the smallest, what chance would give); nan if none was removed
+) -> tuple:  # (fraction of the removed that are among the smallest, what chance would give); nan if none was removed
     "How well a ranking explains a removal"
     k = int(gone.sum())
     if not k: return math.nan, math.nan
@@ -56,15 +56,15 @@ def _ranking(row):
     if "initial" in exact and "trained" in exact: return "ranked by trained and initial weights alike: they cannot be told apart"
     if exact: return f"ranked {RANKINGS[exact[0]]}"
     best = max(known, key=known.get)
-    share = (known[best] - row["chance"]) / max(1 - row["chance"], 1e-9)
-    if share >= CLOSE: return f"closest to ranked {RANKINGS[best]}, but for {1 - known[best]:.1%}"
+    explained = (known[best] - row["chance"]) / max(1 - row["chance"], 1e-9)
+    if explained >= CLOSE: return f"closest to ranked {RANKINGS[best]}, but for {1 - known[best]:.1%}"
     return f"ranked by none of these: best {known[best]:.2f} ({best}), chance {row['chance']:.2f}"
 
 # %% ../nbs/34a_audit.ipynb #9a046236
 def _counted(removed, alive, total, schedule, below, tied):
     "The count of a round against its schedule, in words; `below` of the removed are smaller than the largest of them, `tied` as large"
-    want, share = schedule.remove(alive, total), schedule.rate * (alive if schedule.rule == "geometric" else total)
-    up = math.ceil(round(share, 6))
+    want, asked = schedule.remove(alive, total), schedule.rate * (alive if schedule.rule == "geometric" else total)
+    up = math.ceil(round(asked, 6))
     if removed == want: return "count as scheduled"
     if removed == up + 1: return "count is open_lth's n + 1"
     if removed > up and tied > 1 and below <= up: return f"{removed - want} more than scheduled, all ties at the threshold"
@@ -135,7 +135,8 @@ def _comparable(n, weights, masks, last, initial):
         bad = [k for k, m in masks.items() if other and (k not in other or other[k].shape != m.shape)]
         if bad: raise ArchiveError(f"round {n}: the mask of {bad[0]!r} has no counterpart of shape {tuple(masks[bad[0]].shape)} in {what}")
     bad = [k for k, m in masks.items() if not weights[k][m].isfinite().all()]
-    if bad: raise ArchiveError(f"round {n}: {bad[0]!r} holds weights that are NaN or infinite and have no rank: training diverged; leave this round and those after it out")
+    if bad:
+        raise ArchiveError(f"round {n}: {bad[0]!r} holds weights that are NaN or infinite and have no rank: training diverged; leave this round and those after it out")
 
 # %% ../nbs/34a_audit.ipynb #7df2957e
 def findings(

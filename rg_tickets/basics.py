@@ -93,7 +93,7 @@ def alone(
     try: lock.acquire(timeout=0)
     except filelock.Timeout: raise RuntimeError(f"another process is working on {folder}: wait for it, or choose another folder") from None
     try:
-        for litter in folder.glob(".*.tmp"): litter.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        for litter in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")): litter.unlink(missing_ok=True)  # ours and safetensors', of a process that was killed while it wrote
         yield
     finally: lock.release()
 

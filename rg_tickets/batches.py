@@ -9,6 +9,7 @@ __all__ = ['BYTES', 'NODES', 'STATES', 'safe_yaml', 'Step', 'Study', 'Job', 'stu
 # %% ../nbs/40f_batches.ipynb #11753357
 import hashlib, itertools, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import yaml
 from . import notebooks, plans
 from .basics import alone, lookup, patch_to, replacing
-from .progress import far
+from .progress import far, planned
 
 # %% ../nbs/40f_batches.ipynb #20b46c09
 BYTES, NODES = 100_000, 20_000  # most that a study file may hold, as text and with its aliases written out
@@ -27,8 +28,8 @@ def _weight(node, known, above):
     if id(node) in known: return known[id(node)]
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     keys = [k.value for k, _ in pairs if isinstance(k, yaml.ScalarNode)]
-    for k in keys:
-        if keys.count(k) > 1: raise ValueError(f"line {node.start_mark.line + 1}: the key {k!r} is there twice")
+    for k, n in Counter(keys).items():
+        if n > 1: raise ValueError(f"line {node.start_mark.line + 1}: the key {k!r} is there twice")
     parts = [o for pair in pairs for o in pair] or (node.value if isinstance(node, yaml.SequenceNode) else [])
     known[id(node)] = 1 + sum(_weight(o, known, above | {id(node)}) for o in parts)
     return known[id(node)]
@@ -225,7 +226,7 @@ class Kept:
     def keep(self, study, jobs):
         "Note what was asked for; a folder belongs to one study"
         there = _json(self.folder / "study.json")
-        if there and there["study"] != study.study: raise ValueError(f"{self.folder} holds the study {there['study']!r}, not {study.study!r}: choose another folder with --folder")
+        if isinstance(there, dict) and there.get("study", study.study) != study.study: raise ValueError(f"{self.folder} holds the study {there['study']!r}, not {study.study!r}: choose another folder with --folder")
         for j in jobs: self.home(j), self.runs(j)
         with replacing(self.folder / "study.json") as tmp: tmp.write_text(json.dumps(dict(study=study.study, jobs=[asdict(j) for j in jobs]), indent=1))
 
@@ -247,14 +248,22 @@ class Kept:
 @patch_to(Kept)
 def jobs(self):
     "The jobs that were asked for"
-    there = _json(self.folder / "study.json")
-    if there is None: raise FileNotFoundError(f"{self.folder} is not the folder of a study: it has no study.json")
-    return [Job(**{k: tuple(v) if k in ("needs", "after") else v for k, v in j.items()}) for j in there["jobs"]]
+    path = self.folder / "study.json"
+    if not path.exists(): raise FileNotFoundError(f"{self.folder} is not the folder of a study: it has no study.json")
+    try: return [Job(**{k: tuple(v) if k in ("needs", "after") else v for k, v in j.items()}) for j in _json(path)["jobs"]]
+    except (TypeError, KeyError, AttributeError): raise ValueError(f"{path} is damaged: start the study again with its file, which writes it anew; what is done stays done") from None
+
+_NOTE = dict(facts=str, complaint=str, token=str, seen=dict, before=dict, began=(int, float), ended=(int, float), took=(int, float))
+
+def _noted(path):
+    "A job's note; one that is damaged is no note, and the job is done again"
+    n = _json(path)
+    return n if isinstance(n, dict) and n.get("state") in STATES and all(isinstance(n[k], t) for k, t in _NOTE.items() if k in n) else {}
 
 @patch_to(Kept)
 def note(self, job):
     "What was noted about a job last"
-    return _json(self.home(job) / "job.json") or {}
+    return _noted(self.home(job) / "job.json")
 
 @patch_to(Kept)
 def write(self, job, **facts):
@@ -264,14 +273,14 @@ def write(self, job, **facts):
 @patch_to(Kept)
 def seen(self, job):
     "The outcomes of its predecessors, as far as they are done"
-    notes = {i: _json(self._below(i) / "job.json") or {} for i in (*job.needs, *job.after)}
-    return {i: n["token"] if n.get("state") == "done" else None for i, n in notes.items()}
+    notes = {i: _noted(self._below(i) / "job.json") for i in (*job.needs, *job.after)}
+    return {i: n.get("token") if n.get("state") == "done" else None for i, n in notes.items()}
 
 @patch_to(Kept)
 def done(self, job):
     "Is it done, for these parameters, with the present outcomes of its predecessors"
     n = self.note(job)
-    return n.get("state") == "done" and n["facts"] == job.facts and n["seen"] == self.seen(job) and (self.home(job) / "notebook.ipynb").exists()
+    return n.get("state") == "done" and n.get("facts") == job.facts and n.get("seen") == self.seen(job) and (self.home(job) / "notebook.ipynb").exists()
 
 # %% ../nbs/40f_batches.ipynb #26bb962d
 def _held(folder):
@@ -284,10 +293,9 @@ def _held(folder):
 @patch_to(Kept)
 def at(self, job):
     "(rounds done, rounds in all, of those how many since the job began) of a job's runs"
-    planned = _json(self.runs(job) / "plan.json") or []
-    x = {r["id"]: min(far(self.runs(job) / r["id"]), r["rounds"] + 1) for r in planned}
+    todo = planned(self.runs(job)); x = {r["id"]: min(far(self.runs(job) / r["id"]), r["rounds"] + 1) for r in todo}
     began = self.note(job).get("before", {})
-    return sum(x.values()), sum(r["rounds"] + 1 for r in planned), sum(v - min(began.get(k, 0), v) for k, v in x.items())
+    return sum(x.values()), sum(r["rounds"] + 1 for r in todo), sum(v - min(began.get(k, 0), v) for k, v in x.items())
 
 def in_words(
     seconds: float,  # a duration
@@ -298,8 +306,8 @@ def in_words(
 
 def _where(kept, job, note, now):
     "(at, left) of a running job, in words"
-    rounds, of, since = kept.at(job); spent = max(0, now - note.get("began", now))
-    return (f"round {rounds:.0f} of {of}" if of else "starting"), in_words(spent / since * (of - rounds)) if since > 0 and of > rounds else ""
+    rounds, of, since = kept.at(job); spent = now - note.get("began", now)
+    return (f"round {rounds:.0f} of {of}" if of else "starting"), in_words(spent / since * (of - rounds)) if since > 0 and of > rounds and spent > 0 else ""  # no guess by a clock that was set back
 
 # %% ../nbs/40f_batches.ipynb #70dd8de7
 def status(
@@ -313,8 +321,8 @@ def status(
             held = _held(folder) if held is None else held
             if held: at, left = _where(kept, job, n, now)
             else: state = "stopped"
-        if state == "done" and "ended" in n: at = f"in {in_words(max(0, n['ended'] - n['began']))}"
-        if state in ("done", "failed") and n["facts"] != job.facts: state, at, n = "queued", "", {}
+        if state == "done" and "ended" in n: at = f"in {in_words(n.get('took', max(0, n['ended'] - n.get('began', n['ended']))))}"  # a clock may have been set in between
+        if state in ("done", "failed") and n.get("facts") != job.facts: state, at, n = "queued", "", {}
         rows.append((job.id, str(job), state, at, left, n.get("complaint", "")))
     return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
 

@@ -5,19 +5,28 @@
 # %% auto #0
 __all__ = ['app', 'list_', 'run', 'demo', 'study', 'status', 'show', 'collect', 'flow', 'audit', 'compare', 'predict', 'main']
 
-# %% ../nbs/41_cli.ipynb #ac1c1b88
+# %% ../nbs/41_cli.ipynb #074edad5
 import contextlib, os, sys, time
 from pathlib import Path
 from typing import Optional
 import typer
+import rg_tickets
 
 # %% ../nbs/41_cli.ipynb #69b31ea1
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Iterative magnitude pruning as a renormalization group: winning tickets, their flows and exponents.")
+                  help="Iterative magnitude pruning as a renormalization group: winning tickets, their flows and exponents.",
+                  epilog="Begin with `rg-tickets demo`; `rg-tickets list` names what there is; `rg-tickets COMMAND --help` tells more of each command. Exit status: 0 well, 1 something failed or an audit found something, 2 a mistake in what was asked.")
+
+def _version(asked: bool):
+    "Print the version and end"
+    if asked: typer.echo(f"rg_tickets {rg_tickets.__version__}"); raise typer.Exit()
+
+@app.callback()
+def _common(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="show the version and exit")): pass
 
 @app.command("list")
 def list_(experiment: Optional[str] = typer.Argument(None, help="an experiment, to see what it can be told")):
-    "What there is: experiments, tasks, models; or the parameters of one experiment."
+    "What there is, and what an experiment can be told."
     from rg_tickets import notebooks
     if experiment:
         for k, (kind, default, meaning) in notebooks.parameters(experiment).items(): typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
@@ -63,12 +72,13 @@ def run(
     tflops: Optional[float] = typer.Option(None, help="with --dry-run: TFLOP/s that a GPU is assumed to sustain; 10 by default"),
     output: Optional[Path] = typer.Option(None, "--output", "-o", help="with --dry-run: also write the plan as a table, plan.csv"),
 ):
-    "Execute an experiment notebook; what its folder already holds is not run again."
+    "Execute an experiment notebook; what is done is not done again."
     from rg_tickets import notebooks
     began, given = time.monotonic(), notebooks.parsed(experiment, [*(parameters or []), *([f"scale={scale}"] if scale else [])])
     if dry_run: return _plan(experiment, given | ({"folder": str(folder)} if folder else {}), tflops, output)
     if tflops is not None or output is not None: raise ValueError("--tflops and --output belong to a plan: add --dry-run")
     folder = folder or Path(given.get("folder", Path("runs") / experiment))
+    typer.echo(f"{experiment}: everything goes to {folder}; a start after a break goes on where it was.")
     with _stoppable(): notebooks.run(experiment, folder, given)
     _done(folder, began)
 
@@ -78,7 +88,7 @@ def demo(
     folder: Path = typer.Option(Path("runs/demo"), "--folder", "-f", help="where everything goes"),
     jobs: int = typer.Option(0, "--jobs", "-j", help="worker processes; 0: one per core"),
 ):
-    "Minutes, no network: two related tasks with three seeds, and their untrained and random-mask nulls."
+    "Minutes, no network: two alphabets, three seeds, and their nulls."
     from rg_tickets import notebooks
     began = time.monotonic()
     typer.echo(f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was.")
@@ -107,10 +117,11 @@ def study(
     dry_run: bool = typer.Option(False, "--dry-run", help="check everything, print what would be run, and run nothing"),
     list_studies: bool = typer.Option(False, "--list", help="name the studies that come with the package"),
 ):
-    "Execute a study: experiments with grids and dependencies; what is done is not done again."
-    from rg_tickets import batches
+    "Execute a study: many experiments in order, from a file."
+    from rg_tickets import batches, executors
+    from rg_tickets.basics import lookup
     if list_studies or file is None: typer.echo("\n".join(f"{name}: {', '.join(dict.fromkeys(j.experiment for j in batches.read(name).jobs()))}" for name in batches.studies())); return
-    plan = batches.read(file); folder = folder or Path(plan.folder or Path("runs") / plan.study)
+    lookup(executor.partition(":")[0], executors.EXECUTORS, "executor"); plan = batches.read(file); folder = folder or Path(plan.folder or Path("runs") / plan.study)
     if dry_run: return _dry(plan, folder)
     from rg_tickets import conduct
     with _stoppable(): table = conduct.conduct(plan, folder, executor, jobs)
@@ -193,7 +204,7 @@ def audit(
     rule: str = typer.Option("geometric", help="the rate is of the survivors (geometric) or of all weights (arithmetic)"),
     kind: str = _KIND, after: bool = _AFTER, output: Optional[Path] = _OUTPUT, plot: Optional[Path] = _PLOT,
 ):
-    "Are masks what they claim to be: nested, counted, in force, ranked by the trained weights? Exit status 1 if not."
+    "Whether masks are what they claim to be. They should be nested, counted, in force, and ranked by the trained weights; exit status 1 if not."
     from rg_tickets import reports
     table, lines, wrong = reports.audit_report(path, kind, after, initial, rate, rule)
     _answer(lines, table, output, lambda: reports.draw_audit(table), plot)
@@ -220,17 +231,21 @@ def predict(
     rounds: Optional[int] = typer.Option(None, help="read rounds 0 to this one only"),
     against: Optional[str] = _AGAINST, by: str = _BY, kind: str = _KIND, after: bool = _AFTER, output: Optional[Path] = _OUTPUT, plot: Optional[Path] = _PLOT,
 ):
-    "Which candidates' tickets should be tried first, by the distance of flows."
+    "Whose tickets should be tried first, by the distance of flows."
     from rg_tickets import reports
     gaps = reports.gaps_at(transfers) if transfers else None
     table, lines = reports.predict_report(reports.together([target], kind, after), reports.together([*candidates, *(more or [])], kind, after), gaps, rounds, against, by=by)
     _answer(lines, table, output, lambda: reports.draw_prediction(table), plot)
 
 # %% ../nbs/41_cli.ipynb #e0bfa225
+def _said(e):
+    "An error in words: of the system's errors what happened and to which file, without their numbers"
+    return f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.strerror and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+
 def main():
-    "Entry point of `rg-tickets`: what a user can mend is told in one line"
+    "Entry point of `rg-tickets`: what a user can mend is told in one line; exit status 2 for a mistake, 1 for what failed"
     try: app()
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get("RG_TICKETS_TRACEBACK"): raise
-        typer.echo(f"rg-tickets: {e}", err=True)
-        sys.exit(1)
+        typer.echo(f"rg-tickets: {_said(e)}", err=True)
+        sys.exit(2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)

@@ -11,11 +11,11 @@ from collections import Counter
 from pathlib import Path
 import nbformat
 from . import notebooks
-from .basics import alone, patch_to
+from .basics import alone, patch_to, replacing
 from .batches import Job, Kept, Study, check, lines, status
 from .executors import Team, team
 from .progress import far
-from .runs import RunsFailed, writable
+from .runs import RunsFailed, plainly, writable
 
 # %% ../nbs/40h_conduct.ipynb #e9602eb7
 @contextlib.contextmanager
@@ -43,7 +43,8 @@ def _bring(before, runs, home):
     "Copy what a notebook wrote beside its runs to the job's own folder, where the next notebook will not write over it"
     if home.resolve() == runs.resolve(): return
     for p, when in _files(runs).items():
-        if before.get(p) != when: shutil.copyfile(p, home / f".{p.name}"); os.replace(home / f".{p.name}", home / p.name)
+        if before.get(p) != when:
+            with replacing(home / p.name) as tmp: shutil.copyfile(p, tmp)
 
 # %% ../nbs/40h_conduct.ipynb #c63f9fc6
 def _attempt(kept, job, more):
@@ -56,7 +57,7 @@ def _attempt(kept, job, more):
     except Exception as e:
         told = _traceback(home / "notebook.ipynb") if isinstance(e, RunsFailed) else None
         with contextlib.suppress(OSError): (home / "error.txt").write_text(told or traceback.format_exc(), encoding="utf-8")
-        return str(e) if isinstance(e, RunsFailed) else f"{type(e).__name__}: {e}"
+        return str(e) if isinstance(e, RunsFailed) else plainly(e)
     (home / "error.txt").unlink(missing_ok=True)
 
 def perform(
@@ -70,10 +71,10 @@ def perform(
     if not (kept.folder / "study.json").exists(): raise FileNotFoundError(f"{socket.gethostname()} does not see {folder}: a study's folder must be on a file system that all workers share")
     with _patient(writable(kept.home(job)), ".job.lock", math.inf):
         if kept.done(job): return kept.note(job)
-        facts = dict(seen=kept.seen(job), before={p.parent.name: far(p.parent) for p in kept.runs(job).glob("*/progress.json")}, pid=os.getpid(), host=socket.gethostname(), began=time.time())
+        facts = dict(seen=kept.seen(job), before={p.parent.name: far(p.parent) for p in kept.runs(job).glob("*/progress.json")}, pid=os.getpid(), host=socket.gethostname(), began=time.time()); start = time.monotonic()
         kept.write(job, state="running", **facts)
         complaint = _attempt(kept, job, more or {})
-        kept.write(job, state="failed" if complaint else "done", **facts, ended=time.time(), token=uuid.uuid4().hex, **({"complaint": complaint} if complaint else {}))
+        kept.write(job, state="failed" if complaint else "done", **facts, ended=time.time(), took=time.monotonic() - start, token=uuid.uuid4().hex, **({"complaint": complaint} if complaint else {}))
         return kept.note(job)
 
 # %% ../nbs/40h_conduct.ipynb #c2e7bab9

@@ -53,7 +53,8 @@ def connectivity(
     mine = {k: t.detach().clone() for k, t in network.state_dict().items()}
     for name, w in (("weights_a", weights_a), ("weights_b", weights_b)):
         wrong = [k for k in mine.keys() | w.keys() if k not in w or k not in mine or w[k].shape != mine[k].shape]
-        if wrong: raise ValueError(f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first")
+        if wrong:
+            raise ValueError(f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first")
     if points < 2: raise ValueError(f"a line has two ends, and points={points}")
     rows = []
     try:
@@ -64,6 +65,7 @@ def connectivity(
     finally: network.load_state_dict(mine)
     return pd.DataFrame(rows)
 
+# %% ../nbs/32b_connect.ipynb #816b9559
 def barrier(
     line: pd.DataFrame,  # what `connectivity` gave
 ) -> float:  # in units of the metric, 0 or more

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from .basics import generator, lookup
-from .figures import shades
+from .figures import PALETTE, shades
 from .free import times
 from .masks import ALIVE, MaskHistory
 from .models.prunable import groups
@@ -60,7 +60,8 @@ def parse(
             m = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
             if not m: raise ValueError(f"{part!r} is no part of a block map{where}: write source:destination[,destination...], as in '0:0;1:1,2;2:3,4'")
             for j in map(int, m[2].split(",")):
-                if j in found: raise ValueError(f"this block map cannot be built{where}: destination {j} is filled twice, by blocks {found[j]} and {int(m[1])}: give it one source")
+                if j in found:
+                    raise ValueError(f"this block map cannot be built{where}: destination {j} is filled twice, by blocks {found[j]} and {int(m[1])}: give it one source")
                 found[j] = int(m[1])
         stages.append(_sound(found, where))
     return BlockMap(tuple(stages))
@@ -78,7 +79,8 @@ def blocks(
     if not all(isinstance(k, str) for k in names): return tuple(names)
     found = {(int(m[1]), int(m[2])) for k in names if (m := _BLOCK.match(k))}
     count = tuple(sum(s == i for s, _ in found) for i in range(1, max([s for s, _ in found], default=0) + 1))
-    if not count or found != {(i + 1, j) for i, n in enumerate(count) for j in range(n)}: raise ValueError("there are no residual stages here: tensors of a ResNet are called layer1.0.conv1.weight, layer1.1..., without gaps")
+    if not count or found != {(i + 1, j) for i, n in enumerate(count) for j in range(n)}:
+        raise ValueError("there are no residual stages here: tensors of a ResNet are called layer1.0.conv1.weight, layer1.1..., without gaps")
     return count
 
 def fitted(
@@ -88,20 +90,24 @@ def fitted(
 ) -> tuple:  # per stage of the source, the source block of each target block
     "The map stage by stage, if every block it names exists and every block of the target is filled"
     have, stages = blocks(source), (parse(mapping) if isinstance(mapping, str) else mapping).stages
-    if len(stages) not in (1, len(have)): raise ValueError(f"this map has {len(stages)} stages and the source {len(have)}: give one for all, or one for each, joined by '|'")
+    if len(stages) not in (1, len(have)):
+        raise ValueError(f"this map has {len(stages)} stages and the source {len(have)}: give one for all, or one for each, joined by '|'")
     stages = stages * (len(have) // len(stages)); want = blocks(target) if target is not None else tuple(map(len, stages))
     if len(want) != len(have): raise ValueError(f"the source has {len(have)} stages and the target {len(want)}: blocks cannot be carried between them")
     for i, (s, n, m) in enumerate(zip(stages, have, want)):
         if max(s) >= n: raise ValueError(f"stage {i + 1} of the source has no block {max(s)}: it has blocks 0 to {n - 1}")
-        if len(s) < m: raise ValueError(f"the target needs {m} blocks in stage {i + 1}, and the map fills {len(s)}: destination {', '.join(map(str, range(len(s), m)))} is missing")
-        if len(s) > m: raise ValueError(f"the target has {m} blocks in stage {i + 1}, and the map fills {len(s)}: leave destination {', '.join(map(str, range(m, len(s))))} out")
+        if len(s) < m:
+            raise ValueError(f"the target needs {m} blocks in stage {i + 1}, and the map fills {len(s)}: destination {', '.join(map(str, range(len(s), m)))} is missing")
+        if len(s) > m:
+            raise ValueError(f"the target has {m} blocks in stage {i + 1}, and the map fills {len(s)}: leave destination {', '.join(map(str, range(m, len(s))))} out")
     return stages
 
 # %% ../nbs/32_elastic.ipynb #766afc3a
 def _normal(source, target, grow, name):
     "Numbers of normal blocks; a strategy that goes the other way is refused"
     s, t = source - 1, target - 1
-    if t > 0 and s < 1: raise ValueError(f"{name}: a stage of {source} block has only the one that changes width; there is no normal block to put at {t} places")
+    if t > 0 and s < 1:
+        raise ValueError(f"{name}: a stage of {source} block has only the one that changes width; there is no normal block to put at {t} places")
     if (t < s) if grow else (t > s): raise ValueError(f"{name} {'replicates' if grow else 'drops'} blocks, and {source} are to become {target}: take one of {', '.join(k for k, o in STRATEGIES.items() if o[1] is not None and o[1] != grow)}")
     return s, t
 
@@ -184,7 +190,7 @@ def plot_map(
     for j, i in enumerate(sources): ax.annotate("", (j, .86), (i + middle, .14), arrowprops=dict(arrowstyle="->", color=colours[i], lw=1.4))
     for y, row in ((0, range(count)), (1, sources)):
         for j, i in enumerate(row):
-            colour = colours[i] if i in sources else "#c9c9c9"
+            colour = colours[i] if i in sources else PALETTE["unresolved"]
             ax.text(j + (0 if y else middle), y, str(j), ha="center", va="center", fontsize=8, color="white", bbox=dict(boxstyle="round", fc=colour, ec="none"))
     side = max(0, count - len(sources)) / 2
     ax.set(xlim=(-.6 - side, len(sources) - .4 + side), ylim=(-.25, 1.25), title=title); ax.title.set_fontsize(9); ax.axis("off")
@@ -246,7 +252,8 @@ def at_density(
     "The ticket between two of its masks"
     h, keep = ticket.history, round(density * ticket.history.total)
     n = next((n for n in range(h.rounds + 1) if sum(h.alive(n).values()) <= keep), None)
-    if n is None or keep > h.total: raise ValueError(f"this ticket reaches densities from {h.density():.4f} to 1, not {density}: prune further, or ask for more")
+    if n is None or keep > h.total:
+        raise ValueError(f"this ticket reaches densities from {h.density():.4f} to 1, not {density}: prune further, or ask for more")
     last = torch.cat([(d == n).flatten() for d in h.died.values()]); dead = last.nonzero().flatten(); back = torch.zeros_like(last)
     back[dead[torch.randperm(len(dead), generator=generator(seed, "mask", "at_density"))[:keep - sum(h.alive(n).values())].to(dead.device)]] = True
     died = {k: torch.where((d > n) | b.view(d.shape), ALIVE, d).to(d.dtype) for (k, d), b in zip(h.died.items(), back.split([d.numel() for d in h.died.values()]))}
@@ -279,7 +286,8 @@ class _Parts:
 
 def _flow_parts(ticket, n, rounds, weights):
     "From the rounds the ticket's run measured"
-    if rounds is not None or weights is not None: raise ValueError("rounds and weights are for predict='free'; the measured flow has the rounds and weights of its run")
+    if rounds is not None or weights is not None:
+        raise ValueError("rounds and weights are for predict='free'; the measured flow has the rounds and weights of its run")
     if not ticket.rounds: raise ValueError("this ticket holds no rounds, so there is no flow to carry over: give the source's own ticket, or predict='free'")
     f = pd.DataFrame([dict(n=r["n"], **t) for r in ticket.rounds[:n + 1] for t in r["tensors"]]); f["group"] = f.tensor.map(groups(list(f.tensor.unique())))
     wide = lambda what: f.pivot_table(index="n", columns="group", values=what, aggfunc="sum", sort=False)
@@ -330,7 +338,8 @@ def every_map(
     "The whole search space; one that is larger than `limit` is a ValueError that says how large"
     a, b = blocks(source), blocks(target)
     if len(a) != len(b): raise ValueError(f"the source has {len(a)} stages and the target {len(b)}: blocks cannot be carried between them")
-    together = together and len(set(zip(a, b))) == 1; sizes = [_size(s - 1, t - 1, ordered) for s, t in zip(a, b)]; size = sizes[0] if together else math.prod(sizes)
+    together = together and len(set(zip(a, b))) == 1; sizes = [_size(s - 1, t - 1, ordered) for s, t in zip(a, b)]
+    size = sizes[0] if together else math.prod(sizes)
     if not size: raise ValueError("the source has a stage without normal blocks, and the target needs some there")
     if size > limit: raise ValueError(f"there are {size:,} maps, more than limit={limit:,}: take " + " or ".join([o for o, on in (("ordered=True", not ordered), ("together=True", not together and len(set(zip(a, b))) == 1), ("a larger limit", True)) if on]))
     if together: return [(o,) * len(a) for o in _choices(a[0], b[0], ordered)]

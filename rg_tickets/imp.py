@@ -101,6 +101,11 @@ class _Run:
         return self.recipe.epochs * self.task.data.steps(self.recipe.batch_size)
 
     @property
+    def mark(self):
+        "What tells this run's states from those of others"
+        return digest({}, json.dumps([{k: v for k, v in self.about.items() if k not in ("versions", "resumed")}, self.snapshot.digest], sort_keys=True))
+
+    @property
     def carries(self):
         "Does a later round need the weights of an earlier one"
         return self.control.train == "once" or (self.control.train == "every" and not set(PARTS[:5]) <= set(self.policy.resets))
@@ -164,7 +169,7 @@ def ticket(self):
 @patch_to(_Run)
 def save_state(self, n, step, loss):
     "Put the training aside: round, step, weights, optimizer"
-    save_tensors(self.folder / "state.safetensors", pack(self.network, self.opt), dict(n=n, step=step, loss=loss), "state")
+    save_tensors(self.folder / "state.safetensors", pack(self.network, self.opt), dict(n=n, step=step, loss=loss, run=self.mark), "state")
 
 @patch_to(_Run)
 def load_state(self):
@@ -217,12 +222,14 @@ def take_up(self, last):
 @patch_to(_Run)
 def find_state(self, over):
     "Look for a training put aside: one of the coming round is taken up, an earlier one gives its weights to the coming round"
-    n = len(self.rounds)
+    n = len(self.rounds); before = 0 if self.control.train == "once" else n - 1
     try: header = load_tensors(self.folder / "state.safetensors", "state")[1]
     except (FileNotFoundError, TicketError): header = None  # a round that starts from the snapshot is done again from there
+    if header and header.get("run", self.mark) != self.mark: header = None
     if header and header["n"] == n: self.resumed = header
-    elif header and self.carries and n: self.opt = optimizer(self.network, self.recipe); self.load_state()
-    elif self.carries and 0 < n and not over: raise TicketError(f"{self.folder} has lost its state.safetensors, and with it the weights that round {n} goes on from: delete the folder and run again")
+    elif header and self.carries and n and (header["n"], header["step"]) == (before, self.end): self.opt = optimizer(self.network, self.recipe); self.load_state()
+    elif self.carries and 0 < n and not over:
+        raise TicketError(f"{self.folder} has lost its state.safetensors (it is missing, damaged, or of another run or round), and with it the weights that round {n} goes on from: delete the folder and run again")
 
 # %% ../nbs/23_imp.ipynb #fd2e677d
 def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, world, device, folder, report, every):

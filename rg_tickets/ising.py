@@ -248,10 +248,12 @@ def checkerboard(
 
 # %% ../nbs/02_ising.ipynb #2f6ac1d0
 def _labels_scipy(i, j, n):
+    "A label [n] per site from the joined pairs (i, j), by graph search"
     graph = coo_matrix((np.ones(len(i), np.int8), (i.cpu().numpy(), j.cpu().numpy())), shape=(n, n))
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long().to(i.device)
 
 def _labels_torch(i, j, n):
+    "The same in parallel, by hanging roots under lower roots"
     label = torch.arange(n, device=i.device)
     while True:
         a, b = label[i], label[j]; open_ = a != b

@@ -123,8 +123,9 @@ def circumstances() -> dict:  # versions, commit, hardware
 # %% ../nbs/40a_notebooks.ipynb #cf914ea9
 def _finish(part, out, name, given):
     "Give the executed notebook its metadata and its name"
-    if not part.exists(): return
-    nb = nbformat.read(part, 4); nb.metadata.setdefault("papermill", {})["output_path"] = str(out)
+    try: nb = nbformat.read(part, 4)
+    except (OSError, ValueError): return  # nothing there, or cut short: the disk is full, and what was raised says so
+    nb.metadata.setdefault("papermill", {})["output_path"] = str(out)
     nb.metadata["rg_tickets"] = dict(experiment=name, parameters=given, **circumstances())
     nbformat.validate(nb); nbformat.write(nb, part); os.replace(part, out)
 

@@ -221,10 +221,12 @@ def _left_out(a, b, ridge, affine, log):
     return np.array(errors)
 
 def _no_gain(f):
+    "Whether the full map gains nothing on the diagonal one, beyond chance over runs and rounding"
     gain = f.errors[:, 1] - f.errors[:, 2]; n = len(gain)
     return None if n < 2 else bool(gain.mean() <= max(stats.t.ppf(.95, n - 1) * gain.std(ddof=1) / np.sqrt(n), 1e-9 * f.scale))
 
 def _table(f):
+    "A row per eigenvalue, and the diagonal fit by size"
     with np.errstate(divide="ignore"): y = np.log(abs(f.eigenvalues)) / f.dt
     return pd.DataFrame({"eigenvalue": f.eigenvalues, "low": f.low, "high": f.high, "y": y, "lambda_diag": f.lambda_diag[np.argsort(-abs(f.lambda_diag))]})
 
@@ -247,8 +249,8 @@ class Dmd:
     error_power = property(lambda self: np.sqrt((self.errors[:, 0]**2).mean()), doc="rms one-step error of x' = lambda x, per component")
     error_diagonal = property(lambda self: np.sqrt((self.errors[:, 1]**2).mean()), doc="rms one-step error of the diagonal map")
     error_full = property(lambda self: np.sqrt((self.errors[:, 2]**2).mean()), doc="rms one-step error of the full map")
-    diagonal = property(lambda self: _no_gain(self), doc="True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run")
-    table = property(lambda self: _table(self), doc="Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size")
+    diagonal = property(_no_gain, doc="True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run")
+    table = property(_table, doc="Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size")
 
 # %% ../nbs/01_rg.ipynb #71a55598
 def dmd(

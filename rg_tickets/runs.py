@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SELFSUP', 'SYSTEMS', 'dry', 'Spec', 'System', 'system', 'build', 'write_csv', 'one_thread', 'execute', 'writable',
-           'grid', 'RunsFailed', 'complete', 'waves', 'trajectories', 'collect']
+           'grid', 'RunsFailed', 'plainly', 'complete', 'waves', 'trajectories', 'collect']
 
 # %% ../nbs/40_runs.ipynb #fb834591
-import concurrent.futures as futures, contextlib, contextvars, hashlib, json, multiprocessing, os, tempfile, threading, time, traceback
+import concurrent.futures as futures, contextlib, contextvars, hashlib, json, multiprocessing, os, re, tempfile, threading, time, traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,7 @@ from .progress import note, plan, watching
 from .ranks import world
 from .rewind import PRUNE_TYPES, prepare
 from .tasks.images import image_task
-from .tickets import Ticket
+from .tickets import Ticket, TicketError
 from .train import Recipe, device as find_device
 
 # %% ../nbs/40_runs.ipynb #2f7c192a
@@ -159,7 +159,8 @@ def _tables(home, spec, rounds):
 def _rounds_kept(home):
     "How many rounds a run's ticket holds already"
     path = home / "ticket.safetensors"
-    return len(Ticket.load(path).rounds) if path.exists() else 0
+    try: return len(Ticket.load(path).rounds) if path.exists() else 0
+    except TicketError as e: raise TicketError(f"{e}: delete {home} and start again; without its ticket nothing of it can be used") from None
 
 def execute(
     spec: Spec,  # what to run
@@ -195,7 +196,7 @@ def writable(
     if dry.get(): return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
+        with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(4096))  # a full disk makes files, but puts nothing into them
     except OSError as e: raise OSError(e.errno, f"cannot write to {folder}: {e.strerror}. Choose a folder you may write to, or free some space") from e
     return folder
 
@@ -222,6 +223,12 @@ def _worker(parent):
         os._exit(1)
     threading.Thread(target=mind, daemon=True).start()
 
+def plainly(error: Exception) -> str:
+    "An error in a line; of want of memory, in whatever words, it says what to do"
+    said = f"{type(error).__name__}: {error}"
+    if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(r"can't allocate memory|out of memory|bad_alloc", said)): return said
+    return f"out of memory ({said.splitlines()[0][:200]}): run fewer jobs side by side, or take smaller batches or a narrower network; finished rounds are kept"
+
 @patch_to(Spec)
 def run(self, folder, **kwargs):
     "Execute the spec, following the ticket of the real run if its control follows one"
@@ -232,7 +239,7 @@ def _attempt(spec, folder, kwargs):
     try: spec.run(folder, **kwargs)
     except Exception as e:
         with contextlib.suppress(OSError): (Path(folder) / spec.id / "error.txt").write_text(traceback.format_exc())
-        return f"{type(e).__name__}: {e}"
+        return plainly(e)
 
 # %% ../nbs/40_runs.ipynb #6a76d8c8
 def _jobs(jobs, device):
@@ -241,7 +248,7 @@ def _jobs(jobs, device):
     return jobs or (cores if find_device(device).type == "cpu" else 1)
 
 def _pool(specs, folder, jobs, kwargs):
-    "Yield (spec, complaint or None) as runs end; specs whose worker was killed come last, with the complaint `...`"
+    "Yield (spec, complaint or None) as runs end; one killed worker ends the pool, and what it had left comes last, with the complaint `...`"
     if jobs == 1 or len(specs) == 1:
         for s in specs: yield s, _attempt(s, folder, kwargs)
         return
@@ -251,14 +258,25 @@ def _pool(specs, folder, jobs, kwargs):
             try: yield tasks[f], f.result()
             except futures.BrokenExecutor: yield tasks[f], ...
 
+def _apart(spec, folder, kwargs):
+    "The outcome of a spec in a process of its own, whose death is nobody else's"
+    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(),)) as pool:
+        try: return pool.submit(_attempt, spec, folder, kwargs).result()
+        except futures.BrokenExecutor: return _KILLED
+
+_KILLED = "its worker was killed, twice (out of memory?); start again with fewer jobs, finished rounds are kept"
+
 def _attempts(specs, folder, jobs, kwargs):
-    "The same, with one more try, by half the workers, for what a killed worker left"
+    "The same, with one more try, each apart from the others and half as many side by side, for what a killed worker left"
     left = []
     for s, complaint in _pool(specs, folder, jobs, kwargs):
         if complaint is ...: left.append(s)
         else: yield s, complaint
-    for s, complaint in _pool(left, folder, max(2, jobs // 2), kwargs) if left else ():
-        yield s, "its worker was killed, twice (out of memory?); start again with fewer jobs, finished rounds are kept" if complaint is ... else complaint
+    lanes = futures.ThreadPoolExecutor(max(1, jobs // 2))
+    try:
+        tasks = {lanes.submit(_apart, s, folder, kwargs): s for s in left}
+        for f in futures.as_completed(tasks): yield tasks[f], f.result()
+    finally: lanes.shutdown(cancel_futures=True)
 
 # %% ../nbs/40_runs.ipynb #e87cc5af
 def _follows(spec): return CONTROLS[spec.control].rank == "given"

@@ -6,7 +6,7 @@
 __all__ = ['digest', 'TicketError', 'save_tensors', 'load_tensors', 'Ticket', 'fits', 'apply']
 
 # %% ../nbs/21_tickets.ipynb #c57b31c2
-import errno, hashlib, json
+import errno, hashlib, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +61,15 @@ def save_tensors(
     with ThreadPoolExecutor(1) as pool, replacing(path) as tmp:
         checksum = pool.submit(digest, tensors, kind + text)  # while the file is being written
         try: save_file(tensors, tmp, {"rg_tickets": note})
-        except SafetensorError as e: raise OSError(errno.EIO, str(e)) from e
+        except SafetensorError as e: raise _refused(e) from e
         _stamp(tmp, checksum.result())
 
 _BLANK = "0" * 64
+
+def _refused(error):
+    "What the file system said, out of what safetensors says it said"
+    code = re.search(r"os error (\d+)", str(error)) if os.name == "posix" else None
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(errno.EIO, str(error))
 
 def _stamp(path, checksum):
     "Write the checksum into its place in the header"

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from .basics import alone, generator, lookup
-from .figures import GAPS
+from .figures import GAPS, PALETTE
 from .flows import interval
 from .masks import MaskHistory, shuffled
 from .models.prunable import heads
@@ -111,7 +111,8 @@ def _first_step(ticket, task, recipe):
     "The step from which a round of the ticket's run is trained, on this task"
     rewind, steps = ticket.about.get("rewind", "init"), task.data.steps(recipe.batch_size)
     how, k = policy(rewind if isinstance(rewind, str) else Policy(**rewind | dict(resets=tuple(rewind["resets"]))), steps)
-    if not set(PARTS) <= set(how.resets): raise TicketError(f"this ticket was made with rewind={rewind!r}: its rounds went on from weights that it does not hold. Transfer a ticket of a run that rewinds")
+    if not set(PARTS) <= set(how.resets):
+        raise TicketError(f"this ticket was made with rewind={rewind!r}: its rounds went on from weights that it does not hold. Transfer a ticket of a run that rewinds")
     if k >= recipe.epochs * steps: raise ValueError(f"the ticket rewinds to step {k}, but the recipe ends at step {recipe.epochs * steps}: train longer")
     return k
 
@@ -133,7 +134,8 @@ def _train(task, network, recipe, seed, masked, start, folder, every, facts, rep
     except (FileNotFoundError, TicketError): pass  # nothing there, or nothing whole: from the beginning
     def after_epoch(step, network, opt, loss):
         nonlocal last
-        if path and time.monotonic() - last > every: save_tensors(path, pack(network, opt), dict(facts=facts, step=step, loss=loss), "state"); last = time.monotonic()
+        if path and time.monotonic() - last > every:
+            save_tensors(path, pack(network, opt), dict(facts=facts, step=step, loss=loss), "state"); last = time.monotonic()
         report(step, end)
     loss = refine(task, network, recipe, seed, masked, begun["step"], opt=opt, after_epoch=after_epoch)
     return loss if begun["step"] < end else begun["loss"]
@@ -172,7 +174,8 @@ def transfer(
         loss = _train(task, network, recipe, seed, masked, start, folder, checkpoint_every, facts, report or (lambda *a: None))
         if folder: (Path(folder) / "state.safetensors").unlink(missing_ok=True)
     metrics = evaluate(task, network, recipe.precision)
-    if not math.isfinite(metrics["loss"]): raise Diverged(f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training diverged; lower the learning rate, or set clip=1.0")
+    if not math.isfinite(metrics["loss"]):
+        raise Diverged(f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training diverged; lower the learning rate, or set clip=1.0")
     return _record(metrics, masks, **labels(ticket, task.name, network, kind, weights), n=n if what.mask != "dense" else 0, seed=seed, source_seed=ticket.about.get("seed", seed), loss=loss)
 
 # %% ../nbs/31_transfer.ipynb #048fb0e4
@@ -195,8 +198,8 @@ def recorded(
     "The run's own measurement of round `n`, which `transfer` would repeat to the bit"
     if not 0 <= n < len(ticket.rounds): raise ValueError(f"this ticket's run has finished rounds 0 to {len(ticket.rounds) - 1}, not {n}")
     r, seed = ticket.rounds[n], ticket.about.get("seed", 0)
-    kind = "own" if n else "dense"
-    return _record(r["metrics"], ticket.history.mask(n), **labels(ticket, ticket.about.get("task", "a task"), None, kind, KINDS[kind].weights), n=n, seed=seed, source_seed=seed, loss=r["loss"])
+    kind = "own" if n else "dense"; what = labels(ticket, ticket.about.get("task", "a task"), None, kind, KINDS[kind].weights)
+    return _record(r["metrics"], ticket.history.mask(n), **what, n=n, seed=seed, source_seed=seed, loss=r["loss"])
 
 # %% ../nbs/31_transfer.ipynb #6eb04ffb
 LABELS = ["source", "target", "model", "kind", "weights", "n"]  # what is compared; records that agree in these are repetitions
@@ -210,7 +213,8 @@ def _beside_own(frame):
     dense = frame[frame.kind == "dense"].drop(columns="n").merge(own, "inner", on)
     both = pd.concat([frame[frame.kind != "dense"].merge(own, "left", on + ["n"]), dense], ignore_index=True)
     alone = both[both.own.isna()]
-    if len(alone): raise ValueError(f"no record of the target's own ticket beside {alone[LABELS + ['seed']].iloc[0].to_dict()}: add kind 'own' for that target, round and seed")
+    if len(alone):
+        raise ValueError(f"no record of the target's own ticket beside {alone[LABELS + ['seed']].iloc[0].to_dict()}: add kind 'own' for that target, round and seed")
     return both.groupby(LABELS + ["seed"], sort=False).agg(density=("density", "mean"), score=("metric", "mean"), own=("own", "first")).reset_index()
 
 def gaps(
@@ -230,8 +234,10 @@ def _cut(table, kind, weights, n):
     "The rows of one matrix: one kind at one round, and the targets' own"
     n = table.n.max() if n is None else n
     rows = table[(table.n == n) & ((table.kind == "own") | ((table.kind == kind) & (table.weights == (weights or lookup(kind, KINDS, "kind of transfer").weights))))]
-    if not (rows.kind == kind).any(): raise ValueError(f"there is no {kind!r} with weights={weights!r} at round {n}; there are {table[['kind', 'weights', 'n']].drop_duplicates().to_dict('records')}")
-    if rows.model.nunique() > 1: raise ValueError(f"one matrix is of one model, and there are {', '.join(rows.model.unique())}: choose, table[table.model == ...]")
+    if not (rows.kind == kind).any():
+        raise ValueError(f"there is no {kind!r} with weights={weights!r} at round {n}; there are {table[['kind', 'weights', 'n']].drop_duplicates().to_dict('records')}")
+    if rows.model.nunique() > 1:
+        raise ValueError(f"one matrix is of one model, and there are {', '.join(rows.model.unique())}: choose, table[table.model == ...]")
     return rows
 
 def matrix(
@@ -266,7 +272,8 @@ def plot_matrix(
     image = ax.imshow(m, cmap=GAPS, vmin=-limit, vmax=limit, aspect="auto")
     for o in rows.itertuples():
         dark = abs(o.gap) > .75 * limit and o.kind != "own"
-        ax.text(m.columns.get_loc(o.target), m.index.get_loc(o.source), _cell(o), ha="center", va="center", fontsize=8, color="white" if dark else "#777777" if o.kind == "own" else "black")
+        colour = "white" if dark else PALETTE["marginal"] if o.kind == "own" else "black"
+        ax.text(m.columns.get_loc(o.target), m.index.get_loc(o.source), _cell(o), ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks(range(m.shape[1]), m.columns, fontsize=8); ax.set_yticks(range(m.shape[0]), m.index, fontsize=8); ax.spines[:].set_visible(False)
     ax.set(xlabel="target", ylabel="source"); ax.figure.colorbar(image, ax=ax, label="gap  $a_{own} - a_{transferred}$")
     return ax

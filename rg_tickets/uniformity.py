@@ -6,15 +6,14 @@
 __all__ = ['spread', 'trend']
 
 # %% ../nbs/32a_uniformity.ipynb #7e85c231
-import math, re
+import math
 import numpy as np
 import pandas as pd
 from scipy import stats
+from .elastic import _RESIDUAL
 from .flows import LABELS, interval
 
 # %% ../nbs/32a_uniformity.ipynb #e83d9857
-_RESIDUAL = re.compile(r"layer\d+\.\d+$")
-
 def _cross(s):
     "Mean product of different seeds' deviations; s: [seeds, blocks]"
     c, n = s - s.mean(1, keepdims=True), len(s)
@@ -32,7 +31,8 @@ def _over_seeds(g, level):
 def _by_errors(g, level):
     "V with a normal interval, from exponents and their standard errors"
     s, e = g.sigma.values, g.se.values
-    if not np.isfinite([s, e]).all(): raise ValueError("some blocks lack an exponent or its standard error: fit rounds in which every block is alive, or give more seeds")
+    if not np.isfinite([s, e]).all():
+        raise ValueError("some blocks lack an exponent or its standard error: fit rounds in which every block is alive, or give more seeds")
     b = len(s); V = s.var() - (e**2).mean() * (b - 1) / b
     se = math.sqrt(4 * ((s - s.mean())**2 * e**2).sum() + 2 * (e**4).sum()) / b; half = stats.norm.ppf((1 + level) / 2) * se
     return dict(seeds=int(g.seeds.min()) if "seeds" in g else 1, naive=s.std(), variance=V, se=se, low=V - half, high=V + half)
@@ -46,7 +46,8 @@ def spread(
     rows, keys = [], [k for k in LABELS if k in table]; mine = table[[bool(_RESIDUAL.match(g)) for g in table.group]]
     root = lambda v: math.sqrt(max(v, 0.)) if np.isfinite(v) else np.nan
     for labels, g in mine.groupby(keys, sort=False) if keys else [((), mine)]:
-        if g.group.nunique() < 2: raise ValueError(f"a spread needs two residual blocks or more, and {dict(zip(keys, labels)) or 'the table'} has {g.group.nunique()}: give exponents by block")
+        if g.group.nunique() < 2:
+            raise ValueError(f"a spread needs two residual blocks or more, and {dict(zip(keys, labels)) or 'the table'} has {g.group.nunique()}: give exponents by block")
         row = (_over_seeds if "seed" in g else _by_errors)(g, level)
         rows.append(dict(zip(keys, labels)) | dict(blocks=g.group.nunique()) | row | dict(spread=root(row["variance"]), low=root(row["low"]), high=root(row["high"])))
     return pd.DataFrame(rows)

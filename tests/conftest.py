@@ -20,10 +20,19 @@ def offline(monkeypatch):
     for name in ("create_connection", "getaddrinfo"): monkeypatch.setattr(socket, name, only_here(getattr(socket, name)))
 
 
+@pytest.fixture
+def tell(request):
+    "Print past pytest's capture"
+    def say(text):
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled(): print(f"\n  {text}")
+    return say
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what takes minutes")
     parser.addoption("--cuda", action="store_true", help="also run what needs a GPU")
     parser.addoption("--kills", type=int, default=10, metavar="N", help="how often test_kill.py kills the run with the default policy (10)")
+    parser.addoption("--screenshots", metavar="DIR", help="test_lab.py photographs the notebooks in JupyterLab, into this folder")
 
 
 def pytest_configure(config):

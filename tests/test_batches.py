@@ -1,29 +1,15 @@
 "Studies as a user meets them: hostile files, order, failure, resuming; and workers that are killed"
-import concurrent.futures as futures, hashlib, io, json, os, signal, subprocess, sys, time
+import concurrent.futures as futures, io, json, os, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from killing import posix
+from studying import MANY, TINY, alive_kernels, complete_runs, digests, here, running, undisturbed, whole, written
 from rg_tickets import batches, cli, conduct, notebooks
-from rg_tickets.batches import Kept, Step, Study, safe_yaml, study_of
-from rg_tickets.executors import Team, team
-from rg_tickets.tickets import Ticket
-
-TINY = dict(tasks=["digits8"], controls=["imp"], seeds=2, rounds=2, width=4, n_train=64, epochs=1, device="cpu")
-posix = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-
-
-class Here(futures.Executor):
-    "At once, in this process"
-    def submit(self, function, *args):
-        future = futures.Future()
-        try: future.set_result(function(*args))
-        except Exception as e: future.set_exception(e)
-        return future
-
-
-def here(): return Team(Here(), 1, "this process")
+from rg_tickets.batches import Kept, Step, Study, study_of
+from rg_tickets.executors import team
 
 
 def command(words, capsys, monkeypatch):
@@ -44,6 +30,8 @@ HOSTILE = {
     "name": "study: !!python/name:os.system", "new": "study: !!python/object/new:subprocess.Popen [['touch', 'pwned']]", "module": "study: !!python/module:antigravity", "itself": "a: &a {b: *a}",
     "deep": "{a: " * 5000, "deep list": "[" * 50_000, "tab": "a:\n\t- b", "two documents": "a: 1\n---\nb: 2", "binary": "a: !!binary aGFsbG8=", "set": "a: !!set {x, y}", "date": "a: 2026-01-01",
     "infinite": "a: .inf", "large": "a: " + "x" * 200_000, "nothing": "", "zero": "a: \0", "number as key": "1: 2", "unknown tag": "a: !include /etc/passwd", "no text": "\ud800".encode("utf-8", "surrogatepass"),
+    "latin": "study: caf\xe9".encode("latin-1"), "wide": "study: mine".encode("utf-16"), "spaces": " \n\n", "remark": "# nothing here\n", "list": "- study: mine", "bare": "mine", "long number": "a: " + "9" * 10_000, "mapping as key": "? {a: b}\n: c",
+    "many keys": "".join(f"{i:x}:\n" for i in range(16_000)), "a key twice": "study: mine\nstudy: yours\n", "laughs as keys": laughs(9, 9) + "? *a9\n: x",
 }
 
 
@@ -52,7 +40,7 @@ def test_a_hostile_file_is_refused_quickly(case, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path); text = HOSTILE[case]
     Path("mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     began = time.monotonic(); code, out, lines = command(["study", "mine.yaml"], capsys, monkeypatch)
-    assert code == 1 and len(lines) == 1 and lines[0].startswith("rg-tickets: mine.yaml") and len(lines[0]) < 400, lines
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("rg-tickets: mine.yaml") and len(lines[0]) < 400, lines
     assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"] and time.monotonic() - began < 20
 
 
@@ -65,7 +53,10 @@ WRONG = {
     "shell": (study(parameters=dict(tasks=["digits8; touch pwned"])), "unknown task"), "shell in a grid": (study(grid=dict(tasks=[["$(touch pwned)"]])), "unknown task"), "folder by parameter": (study(parameters=dict(folder="/etc")), "by the step's own key"),
     "step's folder": (study(folder="../../elsewhere"), "without '..'"), "absolute": (study(folder="/tmp/elsewhere"), "does not lie within"), "home": (study(folder="~root"), "does not lie within"), "windows": (study(folder="..\\..\\x"), "does not lie within"),
     "drive": (study(folder="C:x"), "does not lie within"), "control character": (study(folder="a\nb"), "does not lie within"), "study's folder": (study() | dict(folder="../runs"), "--folder"), "step's name": (study(name="../x"), "is no name"), "study's name": (study() | dict(study="a b"), "is no name"),
-    "itself": (study(needs="find"), "in a circle"), "key": (study(paramters={}), "did you mean 'parameters'?"), "grid": (study(grid=dict(seeds=2)), "needs a list of values"), "huge grid": (study(grid=dict(seeds=[*range(200)], rounds=[*range(200)])), "more than 10,000"),
+    "itself": (study(needs="find"), "in a circle"), "circle": (dict(study="x", steps=[dict(name=a, experiment="resnet_imp", **{how: [b]}) for a, b, how in (("a", "b", "needs"), ("b", "c", "after"), ("c", "a", "needs"))]), "in a circle: "),
+    "name twice": (dict(study="x", steps=[dict(name="find", experiment="resnet_imp")] * 2), "two steps are called 'find'"), "jobs twice": (study(grid=dict(seeds=[2, 3, 2])), "does a grid name a value twice?"),
+    "no steps": (dict(study="x", steps=[]), "at least one step"), "study key": (study() | dict(stpes=[]), "did you mean 'steps'?"), "folder between": (study(folder="a/../../b"), "without '..'"),
+ "key": (study(paramters={}), "did you mean 'parameters'?"), "grid": (study(grid=dict(seeds=2)), "needs a list of values"), "huge grid": (study(grid=dict(seeds=[*range(200)], rounds=[*range(200)])), "more than 10,000"),
     "needs": (study(needs=["fnd"]), "did you mean 'find'?"), "steps": (dict(study="x", steps="find"), "should be a list"), "impossible": (study(parameters=dict(prune=1.5)), "find: "), "nested": (study(parameters=dict(tasks=[["digits8"]])), "find: "),
 }
 
@@ -75,7 +66,7 @@ def test_a_wrong_study_starts_nothing(case, tmp_path, capsys, monkeypatch):
     given, says = WRONG[case]; monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps(given))  # JSON is YAML
     code, out, lines = command(["study", "mine.yaml"], capsys, monkeypatch)
-    assert code == 1 and len(lines) == 1 and says in lines[0], lines
+    assert code == 2 and len(lines) == 1 and says in lines[0], lines
     assert {p.name for p in tmp_path.iterdir()} <= {"mine.yaml"}
 
 
@@ -94,7 +85,7 @@ def test_python_and_file_say_the_same(tmp_path):
 def test_shipped_studies(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, lines = command(["study", "--list"], capsys, monkeypatch)
-    assert not code and [o.split(":")[0] for o in out.splitlines()] == ["bert", "elastic", "embedded", "resnet50"]
+    assert not code and [o.split(":")[0] for o in out.splitlines()] == ["bert", "elastic", "embedded", "resnet50", "tables"]
     code, out, lines = command(["study", "bert", "--dry-run"], capsys, monkeypatch)
     assert not code and "4 notebooks" in out and "needs imp" in out and not any(tmp_path.iterdir())
     assert {s: [j.experiment for j in batches.read(s).jobs()] for s in batches.studies()}["elastic"] == ["elastic_imp", "elastic_transfer", "report"]
@@ -105,7 +96,7 @@ def test_executors_refuse(words, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps(study(parameters=TINY)))
     code, out, lines = command(["study", "mine.yaml", "--executor", words], capsys, monkeypatch)
-    assert code == 1 and says in lines[0]
+    assert code == 2 and says in lines[0]
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
@@ -153,7 +144,7 @@ def test_questions_to_its_folder(ran, capsys, monkeypatch, tmp_path):
     code, out, lines = command(["collect", folder, "-o", tmp_path / "results.csv"], capsys, monkeypatch); assert not code
     table = pd.read_csv(tmp_path / "results.csv"); assert len(table) == 6 and set(table.seed) == {0, 1} and set(table.n) == {0, 1, 2}
     code, out, lines = command(["collect", folder, "--table", "exponents"], capsys, monkeypatch); assert not code and "sigma" in out.splitlines()[0] and "good" in out
-    code, out, lines = command(["collect", folder, "--table", "exponent"], capsys, monkeypatch); assert code == 1 and "there are: exponents, flow" in lines[0]
+    code, out, lines = command(["collect", folder, "--table", "exponent"], capsys, monkeypatch); assert code == 2 and "there are: exponents, flow" in lines[0]
 
 
 def test_a_second_start_does_what_is_missing(ran, monkeypatch):
@@ -176,47 +167,6 @@ def test_one_study_at_a_time(ran, tmp_path, capsys, monkeypatch):
 
 # Workers that are killed
 
-TASKS = [["digits8"], ["digits8/permuted"]]
-MANY = Study("many", (Step("find", "resnet_imp", {k: v for k, v in TINY.items() if k != "tasks"} | dict(epochs=30, jobs=1), dict(tasks=TASKS)), Step("tell", "report", after=("find",), folder=".")))
-
-
-def running(folder, alive, patience=600):
-    "Wait until a job is in the middle of its runs; its note. `alive` tells whether the study is still at work"
-    kept, end = Kept(folder), time.monotonic() + patience
-    while time.monotonic() < end and alive():
-        for job in kept.jobs() if (folder / "study.json").exists() else []:
-            note = kept.note(job)
-            if note.get("state") == "running" and job.experiment != "report" and .3 < kept.at(job)[0] < kept.at(job)[1] - .5: return note
-        time.sleep(.02)
-    raise AssertionError("the study ended, or nothing was ever running")
-
-
-def whole(folder, study):
-    "All is there, valid, and nothing half written"
-    table = batches.status(folder); assert set(table.state) == {"done"}, table.to_string()
-    for job in study.jobs():
-        nbformat.validate(nbformat.read(folder / job.id / "notebook.ipynb", 4))
-        for p in (folder / job.id).glob("*/ticket.safetensors"): assert len(Ticket.load(p).rounds) == 3 and len(pd.read_csv(p.parent / "rounds.csv")) == 3 and not (p.parent / "state.safetensors").exists()
-    assert len(list(folder.glob("*/*/ticket.safetensors"))) == 4
-    assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name == ".notebook.ipynb"]
-
-
-def digests(folder): return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/*/*") if p.name in ("ticket.safetensors", "rounds.csv", "flow.csv")}
-
-
-def complete_runs(folder):
-    "Tickets of runs that have ended, and when they were written"
-    done = lambda home: (home / "progress.json").exists() and json.loads((home / "progress.json").read_text())["done"]
-    return {p: p.stat().st_mtime_ns for p in folder.glob("*/*/ticket.safetensors") if done(p.parent)}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "The same study, left alone"
-    folder = tmp_path_factory.mktemp("alone") / "many"; conduct.conduct(MANY, folder, here(), out=io.StringIO())
-    return digests(folder)
-
-
 @pytest.mark.slow
 @posix
 def test_a_killed_worker_costs_a_try(tmp_path, undisturbed):
@@ -229,20 +179,11 @@ def test_a_killed_worker_costs_a_try(tmp_path, undisturbed):
     assert not alive_kernels(folder)
 
 
-def alive_kernels(folder):
-    "Processes that work below a folder"
-    found = []
-    for p in Path("/proc").glob("[0-9]*/cmdline"):
-        try: found += [p] if str(folder).encode() in p.read_bytes() else []
-        except OSError: pass
-    return found
-
-
 @pytest.mark.slow
 @posix
 def test_a_killed_study_goes_on(tmp_path, undisturbed):
     folder, path = tmp_path / "many", tmp_path / "many.yaml"
-    path.write_text(json.dumps(dict(study="many", steps=[dict(name=s.name, experiment=s.experiment, parameters=s.parameters, grid=s.grid, after=list(s.after), **({"folder": s.folder} if s.folder else {})) for s in MANY.steps])))
+    written(MANY, path)
     start = lambda: subprocess.Popen([sys.executable, "-c", "from rg_tickets.cli import main; main()", "study", str(path), "-f", str(folder), "-j", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = start(); worker = running(folder, lambda: process.poll() is None)["pid"]; process.kill(); process.communicate(); before = complete_runs(folder)
     time.sleep(4)

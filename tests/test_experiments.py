@@ -44,6 +44,9 @@ def test_leaves_what_it_promises(smoke):
     done = nbformat.read(smoke / "notebook.ipynb", 4)
     assert not [o for c in done.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
     assert "injected-parameters" in [t for c in done.cells for t in c.metadata.get("tags", [])]
+    nbformat.validate(done); noted = done.metadata["rg_tickets"]
+    assert noted["experiment"] == "resnet_imp" and noted["parameters"] == dict(jobs=1, folder=str(smoke)) == done.metadata["papermill"]["parameters"]
+    assert noted["versions"]["torch"] == torch.__version__ and noted["hardware"]["cpu"] and noted["hardware"]["cores"] and noted["commit"] == notebooks.commit()
 
 
 def test_a_second_call_runs_nothing_anew(smoke):
@@ -129,7 +132,7 @@ def test_a_mistake_is_told_in_one_line(case, capsys, monkeypatch, tmp_path):
     words, says = BEFORE[case]
     monkeypatch.chdir(tmp_path)
     code, lines = command(words.split(), capsys, monkeypatch)
-    assert code == 1 and len(lines) == 1 and lines[0].startswith("rg-tickets: ") and says in lines[0]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("rg-tickets: ") and says in lines[0]
     assert not any(tmp_path.iterdir())
 
 
@@ -152,7 +155,7 @@ def test_the_command_itself():
     "The installed script, in a process of its own"
     script = Path(sys.executable).with_name("rg-tickets")
     done = subprocess.run([script, "run", "resnet_imp", "sedes=3"], capture_output=True, text=True)
-    assert done.returncode == 1 and "did you mean 'seeds'?" in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+    assert done.returncode == 2 and "did you mean 'seeds'?" in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 
 def test_listing(capsys, monkeypatch):

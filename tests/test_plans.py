@@ -112,7 +112,7 @@ def test_command(capsys, monkeypatch, tmp_path):
 def test_command_refuses(words, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, lines = command(words.split(), capsys, monkeypatch)
-    assert code == 1 and len(lines) == 1 and says in lines[0] and not any(tmp_path.iterdir())
+    assert code == 2 and len(lines) == 1 and says in lines[0] and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", notebooks.experiments())

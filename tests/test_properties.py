@@ -1,14 +1,20 @@
 "What must hold for any input: selection, histories, schedules, tickets, random streams"
-import io, os, pickle, random, tempfile
+import pickle, random, tempfile
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from damage import damaged, sound
 from rg_tickets.basics import generator, seeded, stream
+from rg_tickets.elastic import STRATEGIES, BlockMap, _size, at_density, block_map, every_map, fitted, parse, stretch
+from rg_tickets.flows import Flow, observable
+from rg_tickets.imp import _enough, counts
 from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled
-from rg_tickets.selection import sieve, smallest
+from rg_tickets.models.prunable import GROUPINGS, groups
+from rg_tickets.selection import smallest
 from rg_tickets.tickets import Ticket, TicketError, digest, load_tensors
+from rg_tickets.train import SHAPES, Recipe
 
 bounded = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -113,6 +119,102 @@ def test_two_prunings_of_unchanged_weights_are_one(scores, a, b):
 
 
 @bounded
+@given(st.floats(.01, .99), st.sampled_from(["geometric", "arithmetic"]), st.integers(1, 5000), st.integers(0, 60))
+def test_a_schedule_is_refused_exactly_where_it_would_leave_nothing(rate, rule, total, rounds):
+    "Before the run what pruning would say in it: counts fall in each round, and something stays"
+    schedule, counts = Schedule(rate, rule), [total]
+    while len(counts) <= rounds and 0 < (n := schedule.remove(counts[-1], total)) < counts[-1]: counts.append(counts[-1] - n)
+    try: _enough(schedule, total, rounds); fine = True
+    except ValueError as e: fine = False; assert f"in round {len(counts)}" in str(e)
+    assert fine == (len(counts) > rounds) and counts == sorted(set(counts), reverse=True)
+
+
+@bounded
+@given(weights(), st.lists(st.floats(.05, .9), min_size=1, max_size=5), st.sampled_from(["geometric", "arithmetic"]))
+def test_layer_by_layer_every_tensor_keeps_its_share(scores, rates, rule):
+    history = MaskHistory.dense(scores)
+    for rate in rates:
+        before, asked = history.alive(), counts(Schedule(rate, rule), history, "layer")
+        prune(history, scores, asked); after = history.alive()
+        assert all(after[k] == before[k] - asked[k] >= 1 for k in scores) and all(abs(asked[k] - rate * (before[k] if rule == "geometric" else scores[k].numel())) <= .5 or after[k] == 1 for k in scores)
+
+
+@bounded
+@given(st.sampled_from(sorted(SHAPES)), st.integers(1, 40), st.integers(1, 50), st.floats(1e-6, 10), st.floats(0, 5), st.lists(st.integers(0, 40), max_size=3))
+def test_rates_stay_between_nothing_and_the_peak(shape, epochs, steps, lr, warmup, drops):
+    recipe = Recipe(epochs=epochs, lr=lr, schedule=shape, warmup=warmup, drops=tuple(sorted(drops))); rates = [recipe.rate(i, steps) for i in range(epochs * steps)]
+    assert all(0 <= r <= lr * (1 + 1e-12) for r in rates)
+    if shape not in ("onecycle",) and not warmup: assert all(a >= b for a, b in zip(rates, rates[1:]))
+
+
+resnets = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
+
+
+def names_of(stages): return ["conv1.weight", *(f"layer{i + 1}.{j}.conv{k}.weight" for i, n in enumerate(stages) for j in range(n) for k in (1, 2)), "fc.weight"]
+
+
+@bounded
+@given(st.one_of(resnets.map(names_of), st.lists(st.text(st.sampled_from("ab.01"), min_size=1, max_size=12), unique=True, max_size=6)), st.sampled_from(sorted(GROUPINGS)), seeds)
+def test_groups_are_a_partition(names, by, seed):
+    "Each tensor is in one group, whatever stands beside it; observables of groups add up to the whole"
+    found = groups(names, by)
+    assert list(found) == names and all(isinstance(g, str) and g for g in found.values())
+    assert all(groups([k], by)[k] == g for k, g in found.items())
+    if by == "tensor": assert len(set(found.values())) == len(names)
+    if not names: return
+    g = random.Random(seed); row = lambda k: dict(tensor=k, count=9, alive=g.randrange(1, 9), l1=g.random() + .1, l2=1., largest=1., smallest=0.)
+    flow = Flow.of([dict(n=n, time=.2 * n, density=.8**n, loss=1., metrics=dict(loss=1., accuracy=.5), tensors=[row(k) for k in names]) for n in range(3)])
+    table = observable(flow, "share", by)
+    assert table.groupby("n").value.sum().values == pytest.approx([1.] * 3) and len(table) == 3 * len(set(found.values()))
+
+
+@bounded
+@given(resnets, resnets, st.sampled_from(sorted(STRATEGIES)))
+def test_a_strategy_makes_a_map_that_fits_or_says_why_not(source, target, strategy):
+    target = target[:len(source)] + source[len(target):]
+    try: m = block_map(strategy, source, target)
+    except ValueError as e: assert str(e); return
+    assert parse(str(m)) == m
+    for s, n, t in zip(fitted(m, source, target), source, target):
+        assert len(s) == t and s[0] == 0 and 0 not in s[1:] and max(s) < n
+        if strategy in ("interpolate", "interval", "drop-tail", "drop-head"): assert list(s) == sorted(s)
+        if STRATEGIES[strategy][1]: assert set(s) == set(range(n)) and max(map(s[1:].count, s[1:]), default=0) - min(map(s[1:].count, s[1:]), default=0) <= 1
+        else: assert len(set(s)) == len(s)
+
+
+@bounded
+@given(st.one_of(st.text(st.sampled_from("0123:;,| "), max_size=24), st.text(max_size=12), st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=3).map(lambda o: "|".join(";".join(f"{i}:{j}" for j, i in enumerate(s)) for s in o))))
+def test_any_text_is_a_map_or_a_sentence(text):
+    try: m = parse(text)
+    except ValueError as e: assert "block map" in str(e); return
+    assert parse(str(m)) == m and all(s[0] == 0 and 0 not in s[1:] for s in m.stages)
+
+
+@bounded
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_the_space_of_maps_is_what_it_is_said_to_be(source, target, ordered):
+    try: found = every_map((source,), (target,), ordered)
+    except ValueError: assert source == 1 and target > 1; return
+    assert len(set(found)) == len(found) == _size(source - 1, target - 1, ordered) and all(fitted(BlockMap(m), (source,), (target,)) == m for m in found)
+
+
+@bounded
+@given(resnets, resnets, st.sampled_from(sorted(STRATEGIES)), st.lists(st.floats(.1, .5), min_size=1, max_size=3), seeds, st.floats(0, 1))
+def test_a_stretched_ticket_has_copies_and_nothing_else(source, target, strategy, rates, seed, share):
+    target = target[:len(source)] + source[len(target):]; g = torch.Generator().manual_seed(seed)
+    w = {k: torch.randn(3, 2, generator=g) for k in names_of(source)}; history = MaskHistory.dense({k: t for k, t in w.items() if k != "fc.weight"})
+    for rate in rates: prune(history, w, Schedule(rate).remove(sum(history.alive().values()), history.total))
+    try: stages = fitted(block_map(strategy, source, target), source, target)
+    except ValueError: assume(False)
+    t = stretch(Ticket(w, history), strategy, target); comes = {f"layer{i + 1}.{j}.conv{k}.weight": f"layer{i + 1}.{o}.conv{k}.weight" for i, s in enumerate(stages) for j, o in enumerate(s) for k in (1, 2)}
+    assert set(t.weights) == set(names_of(target)) and all(torch.equal(t.weights[k], w[comes.get(k, k)]) for k in t.weights)
+    for n in range(history.rounds + 1): assert all(torch.equal(m, history.mask(n)[comes.get(k, k)]) for k, m in t.history.mask(n).items())
+    assert len({o.data_ptr() for o in t.weights.values()}) == len(t.weights)  # no copy shares memory with another
+    density = t.history.density() + share * (1 - t.history.density()); exact = at_density(t, density, seed)
+    assert sum(exact.history.alive().values()) == round(density * t.history.total) and all((t.history.mask()[k] <= m).all() for k, m in exact.history.mask().items())
+
+
+@bounded
 @given(st.dictionaries(st.text(min_size=1, max_size=12), st.tuples(st.sampled_from([*FLOATS, torch.int64, torch.int8, torch.bool, torch.uint8]), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=4),
        st.dictionaries(st.text(max_size=5), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5))), seeds)
 def test_tickets_come_back_as_they_were(named, about, seed):
@@ -129,29 +231,7 @@ def test_tickets_come_back_as_they_were(named, about, seed):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    "The bytes of a small ticket"
-    g = torch.Generator().manual_seed(0)
-    w = {"conv1.weight": torch.randn(4, 1, 3, 3, generator=g), "fc.weight": torch.randn(3, 4, generator=g), "count": torch.tensor(7)}
-    history = MaskHistory.dense({"conv1.weight": w["conv1.weight"]}); prune(history, w | {}, {"conv1.weight": 9})
-    with tempfile.TemporaryDirectory() as folder:
-        Ticket(w, history, [dict(n=0)], dict(task="t", model="m")).save(Path(folder) / "t"); return (Path(folder) / "t").read_bytes()
-
-
-def damaged(whole, draw):
-    "One of many ways in which a file goes bad, never the file itself"
-    data, kind = bytearray(whole), draw.choice(["bit", "bits", "cut", "longer", "swap", "zeros", "garbage", "header"])
-    i = draw.randrange(len(data))
-    if kind == "bit": data[i] ^= 1 << draw.randrange(8)
-    if kind == "bits":
-        for j in draw.sample(range(len(data)), 20): data[j] ^= 1 << draw.randrange(8)
-    if kind == "cut": del data[i:]
-    if kind == "longer": data += draw.randbytes(draw.randrange(1, 50))
-    if kind == "swap": data = data[i:] + data[:i] if i else data + b"x"
-    if kind == "zeros": data[i:i + 40] = bytes(len(data[i:i + 40])) if any(data[i:i + 40]) else b"x" * 40
-    if kind == "garbage": data = bytearray(draw.randbytes(draw.randrange(300)))
-    if kind == "header": data[:8] = draw.choice([0, 7, 2**20, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
-    return kind, bytes(data)
+def whole(): return sound("ticket")
 
 
 def test_a_damaged_file_is_always_a_ticket_error(whole, tmp_path):

@@ -250,7 +250,7 @@ def bert(
     "A BERT with a fresh head; unknown names and options, and weights that are not there, are errors that say what to do"
     own = isinstance(name, BertConfig)
     source = Source("", config=name.to_dict()) if own else lookup(name, BERTS, "BERT")
-    place = _place("a config", source, folder, download) if own else _place(name, source, folder, download)
+    place = _place("a config" if own else name, source, folder, download)
     for k in config: lookup(k, dict.fromkeys(_FREE if place else (*BertConfig().to_dict(), "attn_implementation")), "option of a BERT" + (" with given weights" if place else ""))
     network = _read(place, head, classes, seed, not download, **config) if place else _build(BertConfig(**source.config | config), head, classes, seed)
     if place: _agrees(name, source, network.config)

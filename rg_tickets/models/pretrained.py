@@ -13,7 +13,7 @@ from pathlib import Path
 import torch, torchvision
 from safetensors import safe_open
 from ..basics import lookup
-from .prunable import heads, roles
+from .prunable import _under, heads, roles
 from .resnets import MODELS, resnet
 
 # %% ../../nbs/12a_pretrained.ipynb #b1e253df
@@ -60,7 +60,7 @@ def _tensors(data, where):
     inner = next((data[k] for k in _INSIDE if isinstance(data.get(k), Mapping)), data) if isinstance(data, Mapping) else {}
     found = {k: t for k, t in inner.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}
     if found: return found
-    held = f"a dictionary with {', '.join(map(repr, list(data)[:5])) or 'nothing in it'}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+    held = f"a dictionary with {', '.join(map(repr, list(data)[:5])) or 'nothing in it'}" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
     raise PretrainedError(f"{where} holds no tensors with names: it is {held}. Expected is a state_dict, or a dictionary with one under {' or '.join(map(repr, _INSIDE))}")
 
 def read_weights(
@@ -125,10 +125,6 @@ def _clash(mine, theirs):
     if theirs.is_meta or theirs.layout != torch.strided or theirs.is_quantized: return "it is no ordinary tensor in the file"
     if mine.shape != theirs.shape or mine.is_floating_point() != theirs.is_floating_point(): return f"{_kind(theirs)} in the file, {_kind(mine)} in the network"
     return None if theirs.isfinite().all() else "not all numbers in the file are finite; its training diverged"
-
-def _under(name, parts):
-    "Is the tensor one of `parts`, or below one of them"
-    return any(name == o or name.startswith(f"{o}.") for o in parts)
 
 # %% ../../nbs/12a_pretrained.ipynb #c515c214
 def _sort(network, tensors, head, leave):

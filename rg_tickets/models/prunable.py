@@ -87,6 +87,7 @@ def prunable(
 _BATCHNORM = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 def _role(key, head, norms):
+    "The role of one entry"
     layer, _, leaf = key.rpartition(".")
     if _under(key, head): return "head"
     if layer in norms: return "bn_affine" if leaf in ("weight", "bias") else "bn_stats"

@@ -61,6 +61,7 @@ def _kaiming(layer, types):
     if isinstance(layer, types): nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
 
 def _open_lth(layer):
+    "The third rule of the table, in place"
     _kaiming(layer, (*_CONV, nn.Linear))
     if isinstance(layer, _NORM) and layer.affine: nn.init.uniform_(layer.weight)
 
@@ -93,10 +94,12 @@ def initialise(
 
 # %% ../../nbs/10_resnets.ipynb #3e09b9f5
 def _cifar(depth, classes, in_channels, width, stem):
+    "A CifarResNet, which has one stem"
     if stem is not None: raise ValueError(f"cifar_resnet{depth} has one stem, 3x3 with stride 1: leave `stem` out (got {stem!r})")
     return CifarResNet(depth, classes, in_channels, width)
 
 def _imagenet(name, classes, in_channels, width, stem):
+    "A torchvision ResNet with the stem asked for"
     if width != 16: raise ValueError(f"{name} has torchvision's widths: leave `width` out (got {width}), or take a cifar_resnet")
     kernel, stride, pool = lookup(stem or "imagenet", {"imagenet": (7, 2, True), "cifar": (3, 1, False)}, "stem")
     model = ResNet(BasicBlock, [2, 3, 4, 3], classes) if name == "resnet26" else getattr(torchvision.models, name)(num_classes=classes)

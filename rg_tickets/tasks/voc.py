@@ -27,9 +27,8 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.transforms import RandomResizedCrop, functional as TF
 from ..basics import generator, lookup, seeded
-from ..models.prunable import heads
 from .core import Task
-from .images import Source, Streamed, opened
+from .images import _MEAN, _STD, Source, Streamed, opened
 
 # %% ../../nbs/14a_voc.ipynb #df7e2356
 def average_precision(
@@ -172,7 +171,7 @@ def moved(
 # %% ../../nbs/14a_voc.ipynb #cc9ffa73
 def boxes(
     path,  # an annotation file of Pascal VOC
-) -> torch.Tensor:  # [m, 6] float32: class (1 to 20), difficult (0 or 1), x1, y1, x2, y2 as shares of width and height
+) -> torch.Tensor:  # [m, 6] float32: class (1 to 20), difficult (0 or 1), x1, y1, x2, y2 as fractions of width and height
     "The things in an annotation; an unknown class, a box that is none and a file that is none are ValueErrors that name the file"
     numbers, number = {name: i for i, name in enumerate(CLASSES, 1)}, lambda node, tag: float(node.find(tag).text)
     try:
@@ -210,8 +209,6 @@ def _outline(path, size):
     return Image.fromarray(mask.astype(np.uint8))
 
 # %% ../../nbs/14a_voc.ipynb #149e54cb
-_MEAN, _STD = (.485, .456, .406), (.229, .224, .225)  # of ImageNet, as everybody takes them
-
 @dataclass
 class _Outlined(Dataset):
     "Standardised pictures [3, size, size] and the class of each pixel [size, size]; random parts of them, half of them mirrored, if `area` is given"

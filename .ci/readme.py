@@ -38,7 +38,7 @@ def build():
     nb.metadata["language_info"] = {"name": "python"}  # the cleaner takes it out; without it code blocks have no language
     nb.cells = list(visible(nb.cells))
     text, resources = MarkdownExporter(exclude_input_prompt=True).from_notebook_node(nb, {"output_files_dir": "nbs/figures", "unique_key": "index"})
-    text = re.sub(r"\]\((?!\w+:|#)([^()]+\.ipynb)", r"](nbs/\1", text)  # beside the notebooks in nbs/, not beside README.md
+    text = re.sub(r"\]\((?!\w+:|#|\.\./)([^()]+\.ipynb)", r"](nbs/\1", text).replace("](../", "](")  # the notebook is in nbs/, README.md above it
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip() + "\n"
     return "<!-- built from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n" + text, resources["outputs"]
 

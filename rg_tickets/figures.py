@@ -49,6 +49,7 @@ def zero_line(
     "The thin grey line that says where nothing is"
     for ax in axes: (ax.axvline if x else ax.axhline)(0, color="#bbbbbb", lw=.8, zorder=0)
 
+# %% ../nbs/00a_figures.ipynb #c9444f48
 def estimates(
     ax,  # axes to draw on
     x,  # [K] places

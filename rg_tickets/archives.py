@@ -200,7 +200,8 @@ def measured(self) -> list:
         if not alive:
             raise ArchiveError(f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out")
         scores = {"accuracy": math.nan} | self.rounds.metrics.get(i, {})
-        rows.append(dict(n=n, time=math.log(total / alive), density=alive / total, loss=math.nan, metrics=scores, threshold=min(t["smallest"] for t in tensors if t["alive"]), tensors=tensors))
+        threshold = min(t["smallest"] for t in tensors if t["alive"])
+        rows.append(dict(n=n, time=math.log(total / alive), density=alive / total, loss=math.nan, metrics=scores, threshold=threshold, tensors=tensors))
     return rows
 
 @patch_to(Archive)
@@ -402,7 +403,8 @@ def _torch_prune(path, after):
     ends = [p for p, a, b in zip(files, seen, [*seen[1:], None]) if a != b]
     notes = ["masks are the zeros of the weights"] * zeros + [f"{len(files) - len(ends)} files have the mask of the file after them and are left out"] * (len(ends) < len(files))
     dense = all(m.all() for m in read(files[0])[1].values())
-    return _shift(Archive("torch_prune", _Rounds([(str(p), lambda p=p: read(p)) for p in ends]), list(range(not dense, len(ends) + (not dense))), {"path": str(path)}, notes), after, lambda i: _factors(ends[i], names))
+    rounds = _Rounds([(str(p), lambda p=p: read(p)) for p in ends]); n = list(range(not dense, len(ends) + (not dense)))
+    return _shift(Archive("torch_prune", rounds, n, {"path": str(path)}, notes), after, lambda i: _factors(ends[i], names))
 
 # %% ../nbs/34_archives.ipynb #550a362f
 def _shift(archive, after, whole):
@@ -412,7 +414,8 @@ def _shift(archive, after, whole):
         weights, masks = whole(i); before = archive.rounds[i - 1][1] if i else {k: torch.ones_like(m, dtype=torch.bool) for k, m in masks.items()}
         return {k: weights[k] * before[k] if k in before else weights[k] for k in weights}, before
     parts = [(label, lambda i=i: read(i)) for i, (label, _) in enumerate(archive.rounds.parts)]
-    return Archive(archive.kind, _Rounds(parts), list(range(len(parts))), archive.about, archive.notes + ["files were written after pruning: the mask in force is that of the file before"], archive.start, lambda: archive.rounds[-1][1])
+    notes = archive.notes + ["files were written after pruning: the mask in force is that of the file before"]
+    return Archive(archive.kind, _Rounds(parts), list(range(len(parts))), archive.about, notes, archive.start, lambda: archive.rounds[-1][1])
 
 def _pair(path, start):
     "The file called `start`... in a folder, or beside others of the same number"

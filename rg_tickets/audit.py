@@ -75,7 +75,8 @@ def _guess(alive, total):
     "The schedule that explains the counts alive best: geometric or arithmetic, at the rate of the first pruning"
     steps = [(a, a - b) for a, b in zip(alive, alive[1:]) if a > b]
     if not steps: return None
-    tries = [Schedule(round(gone / base, 3), rule) for rule in ("geometric", "arithmetic") for a, gone in steps[:1] for base in [a if rule == "geometric" else total] if 5e-4 < gone / base < .9995]
+    a, gone = steps[0]; rates = {"geometric": gone / a, "arithmetic": gone / total}
+    tries = [Schedule(round(rate, 3), rule) for rule, rate in rates.items() if 5e-4 < rate < .9995]
     return min(tries, key=lambda s: sum(abs(gone - s.remove(a, total)) for a, gone in steps), default=None)
 
 # %% ../nbs/34a_audit.ipynb #7c1b4baf

@@ -226,7 +226,8 @@ def stretch(
         mapping = block_map(mapping, ticket, target)
     stages = fitted(mapping, ticket, target); h = ticket.history
     history = MaskHistory(_copies(h.died, stages), h.rounds); every = range(h.rounds + 1)
-    origin = dict(map=str(_written(stages)), model=ticket.about.get("model"), sha256=digest(ticket.weights | {f"died {k}": d for k, d in h.died.items()}), source_density=[h.density(n) for n in every],
+    sha = digest(ticket.weights | {f"died {k}": d for k, d in h.died.items()})
+    origin = dict(map=str(_written(stages)), model=ticket.about.get("model"), sha256=sha, source_density=[h.density(n) for n in every],
                   density=[history.density(n) for n in every], before=ticket.about.get("stretched"))
     about = {k: v for k, v in ticket.about.items() if k not in ("initial", "masks")} | dict(model=_model(tuple(map(len, stages)), ticket.weights), stretched=origin)
     return replace(ticket, weights=_copies(ticket.weights, stages), history=history, rounds=[], about=about)
@@ -325,7 +326,8 @@ _RESIDUAL = re.compile(r"layer\d+\.\d+$")
 
 def _choices(s, t, ordered):
     "Every stage map from s blocks to t"
-    pick = {(True, True): itertools.combinations_with_replacement, (True, False): lambda o, r: itertools.product(o, repeat=r), (False, True): itertools.combinations, (False, False): itertools.permutations}
+    pick = {(True, True): itertools.combinations_with_replacement, (True, False): lambda o, r: itertools.product(o, repeat=r),
+            (False, True): itertools.combinations, (False, False): itertools.permutations}
     return [(0, *o) for o in pick[t > s, ordered](range(1, s), t - 1)]
 
 def every_map(

@@ -154,7 +154,8 @@ def slopes(
         if not rounds: raise ValueError(f"no round to fit for {labels}: the seeds share rounds {sorted(shared)}, the window is {window!r}")
         part = part[part.n.isin(rounds)]
         wide = part.pivot(index=["seed", "group"], columns="n", values=["t", "value"]).reindex(pd.MultiIndex.from_frame(part[["seed", "group"]].drop_duplicates()))
-        rows.append(wide.index.to_frame(index=False).assign(**dict(zip(LABELS, labels)), **slope(wide.t.values, wide.value.values), window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})"))
+        line = slope(wide.t.values, wide.value.values) | dict(window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})")
+        rows.append(wide.index.to_frame(index=False).assign(**dict(zip(LABELS, labels)), **line))
     return pd.concat(rows, ignore_index=True)[[*LABELS, "seed", "group", "sigma", "fit_error", "r2", "rms", "points", "window"]]
 
 # %% ../nbs/30_flows.ipynb #e51704e0

@@ -244,7 +244,8 @@ def push_to_hub(
         with _asking(repo):
             url = api.create_repo(repo, private=private, exist_ok=True, token=token)
             _refuse(_page(api, repo, sub, token), repo)
-            api.upload_folder(repo_id=repo, folder_path=d, path_in_repo=sub or None, commit_message=f"Ticket: {ticket.history.rounds} prunings, density {ticket.history.density():.4f}", token=token)
+            message = f"Ticket: {ticket.history.rounds} prunings, density {ticket.history.density():.4f}"
+            api.upload_folder(repo_id=repo, folder_path=d, path_in_repo=sub or None, commit_message=message, token=token)
     return str(url)
 
 def _told(page, repo, sub):

@@ -248,7 +248,8 @@ def in_words(
     "The verdict of a trial, plainly"
     o, rest = result.iloc[0], result.iloc[1:]
     if not o.targets: return f"No target has both tickets that transfer and tickets that do not, so {result.index[0]} could not be tried by ranking; rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g})."
-    lines = [f"{result.index[0]}: rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g} over permutations of tasks), AUC for a task held out {o.auc:.2f}" + (f" [{o.low:.2f}, {o.high:.2f}]" if np.isfinite(o.low) else "") + f" from {o.targets:.0f} targets."]
+    ends = f" [{o.low:.2f}, {o.high:.2f}]" if np.isfinite(o.low) else ""
+    lines = [f"{result.index[0]}: rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g} over permutations of tasks), AUC for a task held out {o.auc:.2f}{ends} from {o.targets:.0f} targets."]
     for name, b in rest.iterrows():
         how = "beats" if b.gain_low > 0 else "loses to" if b.gain_high < 0 else "cannot be told from"
         lines.append(f"  {how} {name} (AUC {b.auc:.2f}, difference {b.gain:+.2f}" + (f" [{b.gain_low:+.2f}, {b.gain_high:+.2f}]" if np.isfinite(b.gain_low) else "") + ")")

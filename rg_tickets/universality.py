@@ -271,7 +271,8 @@ def plot_classes(
     tree.set_xlabel("distance in standard errors"); tree.spines[["top", "right", "left"]].set_visible(False)
     z = found.distances.iloc[order, order]; image = heat.imshow(z, cmap="viridis_r", vmin=0, aspect="auto")
     for i, j in np.ndindex(K, K):
-        if i != j: heat.text(j, i, f"{z.iat[i, j]:.1f}" + (" •" if z.iat[i, j] <= found.cut else ""), ha="center", va="center", fontsize=7, color="white" if z.iat[i, j] > .55 * z.values.max() else "black")
+        text, colour = f"{z.iat[i, j]:.1f}" + " •" * int(z.iat[i, j] <= found.cut), "white" if z.iat[i, j] > .55 * z.values.max() else "black"
+        if i != j: heat.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     heat.set_yticks(range(K), [f"{o}  [{found.label[o]}]" for o in z.index], fontsize=8); heat.set_xticks([]); heat.spines[:].set_visible(False)
     heat.figure.colorbar(image, ax=heat, label="distance z", shrink=.8)
     return tree, heat

@@ -19,11 +19,12 @@ from pygments.formatters import HtmlFormatter
 from readme import split, visible
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = [("0", "Theory"), ("1", "Networks and tasks"), ("19", "Pruning"), ("3", "Flows"), ("39", "Running studies"), ("5", "Results"), ("e", "Experiments")]  # each begins at a name
+GROUPS = {"0": "Theory", "1": "Networks and tasks", "19": "Pruning", "3": "Flows", "39": "Running studies", "5": "Results", "e": "Experiments"}  # each begins at a name
 BIG = re.compile(r"\\[bB]igg?[lr]?\\([lr])(?=angle|floor|ceil|Vert)")  # latex2mathml knows \Big( but not \Big\langle
 WORDS = r"(?:ln|exp|a?r?sinh|a?r?cosh|tanh|coth|sin|cos|max|min)"
 MENDED = [(' xmlns=""', ""), ("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>"), (r'<mo(?: stretchy="false")?>(&#x0007C;|&#x02016;)</mo>', r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'),
-          (rf'<mi>({WORDS})</mi>(?=<mo stretchy="false">&#x00028;)', r'<mo lspace="0.12em" rspace="0">\1</mo>'), (rf"<mi>({WORDS})</mi>", r'<mo lspace="0.12em" rspace="0.167em">\1</mo>')]  # what it sets badly: ~, |x|, ln x
+          (rf'<mi>({WORDS})</mi>(?=<mo stretchy="false">&#x00028;)', r'<mo lspace="0.12em" rspace="0">\1</mo>'),
+          (rf"<mi>({WORDS})</mi>", r'<mo lspace="0.12em" rspace="0.167em">\1</mo>')]  # what it sets badly: ~, |x|, ln x
 code = Highlight2HTML(pygments_lexer="python")
 
 
@@ -33,7 +34,7 @@ def settings():
     return config["DEFAULT"]
 
 
-def group(path): return [title for start, title in GROUPS if str(path) >= start][-1]
+def group(path): return [title for start, title in GROUPS.items() if str(path) >= start][-1]
 def page(path): return path.with_suffix(".html")
 def relative(to, path): return Path(os.path.relpath(to, path.parent)).as_posix()
 
@@ -98,7 +99,8 @@ class Site:
         if "links" in c.metadata.get("tags", []) or not list(visible([c])): return ""
         if c.cell_type == "markdown": return f'<section class="text">{markdown(self.named(path, c.source))}</section>\n'
         source = "" if c.metadata.get("transient") else code(c.source)
-        return f'<section class="code{" export" * exported}">{source}{"".join(f"<div class=output>{output(o, self.titles[path])}</div>" for o in c.outputs)}</section>\n'
+        outputs = "".join(f'<div class="output">{output(o, self.titles[path])}</div>' for o in c.outputs)
+        return f'<section class="code{" export" * exported}">{source}{outputs}</section>\n'
 
     def content(self, path):
         "The notebook as HTML"
@@ -111,8 +113,10 @@ class Site:
         parts = {}
         for p in self.paths[1:]:
             number = re.match(r"(?:(\d+[a-z]?)_)?", p.name)[1] or ""
-            parts.setdefault(group(p), []).append(f'<a href="{relative(page(p), path)}"{" aria-current=page" * (p == path)}><span>{number}</span>{escape(self.titles[p])}</a>')
-        return "".join(f"<details{' open' * (path.stem == 'index' or group(path) == g)}><summary>{g}</summary>{''.join(links)}</details>" for g, links in parts.items())
+            link = f'<a href="{relative(page(p), path)}"{" aria-current=page" * (p == path)}><span>{number}</span>{escape(self.titles[p])}</a>'
+            parts.setdefault(group(p), []).append(link)
+        shown = lambda g: " open" * (path.stem == "index" or group(path) == g)
+        return "".join(f"<details{shown(g)}><summary>{g}</summary>{''.join(links)}</details>" for g, links in parts.items())
 
     def near(self, path):
         "Links to the pages before and after"
@@ -128,18 +132,21 @@ class Site:
         return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
-<meta name="description" content="{escape(s['description'])}"><link rel="canonical" href="{s['doc_host']}{s['doc_baseurl']}/{page(path).as_posix()}"><link rel="stylesheet" href="{home}/site.css"></head>
+<meta name="description" content="{escape(s['description'])}"><link rel="stylesheet" href="{home}/site.css">
+<link rel="canonical" href="{s['doc_host']}{s['doc_baseurl']}/{page(path).as_posix()}"></head>
 <body>
 <input type="checkbox" id="menu"><label for="menu">☰ <b>{s['title']}</b></label>
 <nav><a class="home" href="{home}/index.html">{s['title']}</a>{self.sidebar(path)}</nav>
 <main>
-{self.content(path)}<footer><div>{self.near(path)}</div><p>Made from <a href="{s['git_url']}/blob/{s['branch']}/nbs/{path.as_posix()}">{path.name}</a>. Code with a blue edge is the package itself.</p></footer>
+{self.content(path)}<footer><div>{self.near(path)}</div>
+<p>Made from <a href="{s['git_url']}/blob/{s['branch']}/nbs/{path.as_posix()}">{path.name}</a>. Code with a blue edge is the package itself.</p></footer>
 </main></body></html>
 """
 
     def write(self):
         "Everything, into the folder, which is emptied first"
-        if self.folder.exists() and not (self.folder / "site.css").exists() and any(self.folder.iterdir()): raise SystemExit(f"{self.folder} holds something that is not a site; choose another folder")
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "site.css").exists():
+            raise SystemExit(f"{self.folder} holds something that is not a site; choose another folder")
         shutil.rmtree(self.folder, ignore_errors=True)
         for p in self.paths:
             to = self.folder / page(p); to.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 import filelock
 import numpy as np
-import torch
 
 # %% ../nbs/00_basics.ipynb #6ea219da
 def stream(
@@ -26,8 +25,9 @@ def stream(
 def generator(
     seed: int,  # the run's seed
     *names,  # what the stream is for
-) -> torch.Generator:  # on the CPU, so that every device sees the same draws
+) -> "torch.Generator":  # on the CPU, so that every device sees the same draws
     "A fresh torch generator at the start of the stream called `names`"
+    import torch
     return torch.Generator().manual_seed(stream(seed, *names))
 
 # %% ../nbs/00_basics.ipynb #0edd349c
@@ -37,6 +37,7 @@ def seeded(
     *names,  # what the stream is for
 ):
     "Within the block the global generators of torch (CPU and the current CUDA device), NumPy and Python run in the stream `names`; afterwards they are as before"
+    import torch
     s, python, numpy = stream(seed, *names), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(s); np.random.seed(s % 2**32); random.seed(s)

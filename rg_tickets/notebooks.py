@@ -6,15 +6,13 @@
 __all__ = ['experiments', 'notebook', 'parameters', 'checked', 'parsed', 'declared', 'commit', 'circumstances', 'run']
 
 # %% ../nbs/40a_notebooks.ipynb #929ce6a8
-import ast, contextlib, os, platform, re, subprocess, sys
+import ast, contextlib, json, os, platform, re, subprocess, sys
 from importlib import metadata
 from importlib.resources import as_file, files
 from pathlib import Path
-import nbformat
 import rg_tickets
 from .basics import alone, lookup
 from .progress import watching
-from .runs import RunsFailed, writable
 
 # %% ../nbs/40a_notebooks.ipynb #aca7e091
 def experiments() -> list:
@@ -26,19 +24,19 @@ def _sources():
     home = files("rg_tickets.experiments")
     return {p.name[:-6]: p for place in (home, home / "reports") for p in place.iterdir() if p.name.endswith(".ipynb")}
 
-def notebook(name: str):
-    "The notebook of an experiment, read, as nbformat gives it"
-    return nbformat.reads(lookup(name, _sources(), "experiment").read_text(encoding="utf-8"), as_version=4)
+def notebook(name: str) -> dict:
+    "The notebook of an experiment, as its file has it"
+    return json.loads(lookup(name, _sources(), "experiment").read_text(encoding="utf-8"))
 
 def parameters(
     name: str,  # experiment
 ) -> dict:  # name -> (type name, default, meaning), in the order of the notebook
     "What an experiment can be told"
-    cell = next((c for c in notebook(name).cells if "parameters" in c.metadata.get("tags", [])), None)
+    cell = next((c for c in notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])), None)
     if cell is None: raise ValueError(f"the notebook of {name!r} has no cell tagged 'parameters', so nothing can be set; was it cleaned of its tags?")
-    lines = cell.source.splitlines()
+    source = "".join(cell["source"]); lines = source.splitlines()
     meaning = lambda node: lines[node.lineno - 1].partition("#")[2].strip()
-    return {n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value), meaning(n)) for n in ast.parse(cell.source).body if isinstance(n, ast.AnnAssign)}
+    return {n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value), meaning(n)) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
 
 # %% ../nbs/40a_notebooks.ipynb #b204937e
 def _is(value, kind):
@@ -123,6 +121,7 @@ def circumstances() -> dict:  # versions, commit, hardware
 # %% ../nbs/40a_notebooks.ipynb #cf914ea9
 def _finish(part, out, name, given):
     "Give the executed notebook its metadata and its name"
+    import nbformat
     try: nb = nbformat.read(part, 4)
     except (OSError, ValueError): return  # nothing there, or cut short: the disk is full, and what was raised says so
     nb.metadata.setdefault("papermill", {})["output_path"] = str(out)
@@ -137,6 +136,7 @@ def run(
 ) -> Path:  # the executed notebook
     "Execute an experiment notebook into notebook.ipynb, with progress bars here; RunsFailed if a cell fails or the kernel dies"
     import nbclient, papermill
+    from rg_tickets.runs import RunsFailed, writable
     folder, given = writable(folder), checked(name, dict(given or {}, folder=str(folder)))
     out = writable(home or folder) / "notebook.ipynb"; part = out.with_name(".notebook.ipynb")
     with alone(folder, ".notebook.lock"), as_file(_sources()[name]) as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):

@@ -113,8 +113,8 @@ class Work:
 
 def _statements(name):
     "The statements of a notebook's code cells, after its parameters"
-    cells = [c for c in notebooks.notebook(name).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", [])]
-    return [s for c in cells for s in ast.parse(c.source).body]
+    cells = [c for c in notebooks.notebook(name)["cells"] if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
+    return [s for c in cells for s in ast.parse("".join(c["source"])).body]
 
 def _step(work, s):
     "Execute one statement, without its output"

@@ -9,6 +9,7 @@ __all__ = ['plan', 'planned', 'note', 'far', 'Watch', 'watching']
 import contextlib, json, os, sys, threading, time
 from pathlib import Path
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as lines
 from .basics import patch_to
 
 # %% ../nbs/39_progress.ipynb #047c5edb
@@ -63,6 +64,7 @@ class Watch:
     "Progress bars over a study's folder"
     def __init__(self, folder, **kwargs):
         self.folder, self.kwargs = Path(folder), kwargs  # kwargs go to tqdm
+        self.bar = tqdm if "file" not in kwargs and type(sys.stderr).__module__.startswith("ipykernel") else lines  # widgets only where they can be seen
         self.all, self.bars, self.began = None, {}, {}
 
     def look(self):
@@ -72,7 +74,7 @@ class Watch:
         at = {run["id"]: far(self.folder / run["id"]) for run in runs}
         total = sum(r["rounds"] + 1 for r in runs)
         if self.all is not None and self.all.total != total: self.close(); self.all, self.bars = None, {}  # a notebook that goes on to its next plan
-        if self.all is None: self.all = tqdm(total=total, initial=sum(at.values()), desc="all runs", **self.kwargs, bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
+        if self.all is None: self.all = self.bar(total=total, initial=sum(at.values()), desc="all runs", **self.kwargs, bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
         self.all.n = sum(at.values()); self.all.refresh()
         for run in runs: self.one(run, at[run["id"]])
 
@@ -87,9 +89,9 @@ def one(self, run, x):
     "The bar of one run: opened when it moves, closed after its last round"
     key, part = (run["id"], int(x)), x - int(x)
     if x == 0 or x > run["rounds"] + .999:
-        if run["id"] in self.bars: self.bars.pop(run["id"]).close()
+        if run["id"] in self.bars: bar = self.bars.pop(run["id"]); bar.n = bar.total; bar.close()  # a widget closed before its end stays, in red
         return
-    if run["id"] not in self.bars: self.bars[run["id"]] = tqdm(total=run["rounds"] + 1, initial=x, leave=False, **self.kwargs, bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
+    if run["id"] not in self.bars: self.bars[run["id"]] = self.bar(total=run["rounds"] + 1, initial=x, leave=False, **self.kwargs, bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
     began = self.began.setdefault(key, time.monotonic()); spent = time.monotonic() - began
     left = f", {spent * (1 - part) / part:.0f} s left in it" if part else ""
     bar = self.bars[run["id"]]; bar.n = x; bar.set_description_str(f"{run['label']}: round {int(x)}/{run['rounds']}{left}")

@@ -2,7 +2,8 @@
 
 Asked for with `--slow`; skipped where Playwright (`pip install -e '.[lab]'`) or a Chromium is missing. A Chromium comes from the
 distribution (`apt-get install chromium`) or from `playwright install chromium`; CHROMIUM names another one. With `--screenshots DIR` each
-notebook is photographed there in JupyterLab's light and dark theme. Cells marked `#| slow` and `#| eval: false` are left out, and `#| cuda` without a GPU, as `.ci/refresh.py` leaves them out."""
+notebook is photographed there in JupyterLab's light and dark theme. Cells marked `#| slow` and `#| eval: false` are left out, as
+`.ci/refresh.py` leaves them out, and those marked `#| cuda` where there is no GPU. All of it takes half an hour to an hour on two cores."""
 import json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import nbformat
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs") for p in (ROOT / "nbs").rglob("*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(p.parts))
 LEFT_OUT = re.compile(r"^#\s*\|\s*(slow|eval:\s*false%s)\b" % ("" if torch.cuda.is_available() else "|cuda"), re.M)
 SIZE = dict(width=1400, height=1800)
-FIGURE, ERROR, OUTER = ".jp-OutputArea-output img", '[data-mime-type="application/vnd.jupyter.error"]', ".jp-WindowedPanel-outer"
+FIGURE, OUTER = ".jp-OutputArea-output img", ".jp-WindowedPanel-outer"
 BAR, LABEL = ".jp-OutputArea-output .widget-hprogress", ".jp-OutputArea-output .widget-html"
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, not only those in view
             "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}, "docmanager-extension/plugin": {"autosave": False}}
@@ -57,8 +58,9 @@ def server(tmp_path_factory, browser):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     token, log = secrets.token_hex(8), open(home / "log", "w")
     env = ENV | {"JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime")}
-    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.root_dir={nbs}", f"--port={port}", "--ServerApp.port_retries=0",
-                            "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}", f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'workspaces'}"],
+    options = {"ServerApp.root_dir": nbs, "ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0, "IdentityProvider.token": token,
+               "LabApp.user_settings_dir": home / "settings", "LabApp.workspaces_dir": home / "workspaces"}
+    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", *(f"--{k}={v}" for k, v in options.items())],
                            cwd=nbs, env=env, stdout=log, stderr=log)
     try:
         for _ in range(120):
@@ -73,7 +75,8 @@ def server(tmp_path_factory, browser):
 def page(server, browser, request):
     "A window of JupyterLab, with the folder for its photographs"
     page = browser.new_page(viewport=SIZE); page.set_default_timeout(120_000)
-    page.goto(server[0]); page.wait_for_function("window.jupyterapp"); page.evaluate("jupyterapp.restored.then(() => jupyterapp.commands.execute('application:toggle-left-area'))")
+    page.goto(server[0]); page.wait_for_function("window.jupyterapp")
+    page.evaluate("jupyterapp.restored.then(() => jupyterapp.commands.execute('application:toggle-left-area'))")
     folder = request.config.getoption("--screenshots"); page.folder = folder and Path(folder)
     return page
 
@@ -82,8 +85,13 @@ OPEN = """async path => {
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'});
     window.panel = panel; await panel.context.ready; await panel.sessionContext.ready; await panel.revealed;
 }"""
-STATE = """() => ({status: panel.sessionContext.session?.kernel?.status, pending: [...panel.node.querySelectorAll('.jp-InputPrompt')].filter(o => o.textContent.includes('*')).length})"""
-CLOSE = """async () => { await panel.context.save(); await panel.sessionContext.shutdown(); panel.dispose(); }"""
+STATE = """() => ({status: panel.sessionContext.session?.kernel?.status,
+                   pending: [...panel.node.querySelectorAll('.jp-InputPrompt')].filter(o => o.textContent.includes('*')).length})"""
+CLOSE = "async () => { await panel.context.save(); await panel.sessionContext.shutdown(); panel.dispose(); }"
+ERRORS = """panel.content.widgets.flatMap(c => c.model.outputs?.toJSON() ?? []).filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`)"""
+SIDES = "s => [...panel.node.querySelectorAll(s)].map(o => Math.min(o.naturalWidth ?? 999, o.getBoundingClientRect().width, o.getBoundingClientRect().height))"
+TEXTS = r"s => [...panel.node.querySelectorAll(s)].map(o => o.textContent.replace(/\s+/g, ' '))"
+HEIGHT = "panel.content.widgets.at(-1).node.getBoundingClientRect().bottom - panel.content.widgets[0].node.getBoundingClientRect().top"
 
 
 class Open:
@@ -108,8 +116,9 @@ class Open:
             assert time.monotonic() < end, f"{self.path} still runs after {seconds} s: {state}"
             idle = idle + 1 if state == dict(status="idle", pending=0) else 0
 
-    def texts(self, selector): return self.page.evaluate("s => [...panel.node.querySelectorAll(s)].map(o => o.textContent.replace(/\\s+/g, ' '))", selector)
-    def figures(self): return self.page.evaluate("s => [...panel.node.querySelectorAll(s)].map(o => Math.min(o.naturalWidth ?? 999, ...Object.values(o.getBoundingClientRect().toJSON()).slice(2, 4)))", FIGURE)
+    def texts(self, selector): return self.page.evaluate(TEXTS, selector)
+    def errors(self): return self.page.evaluate(ERRORS)
+    def sides(self, selector): return self.page.evaluate(SIDES, selector)  # the shorter one of each, in pixels as shown; 0 for an image that could not be read
     def __exit__(self, *error): self.page.evaluate(CLOSE)
 
     def photograph(self, name):
@@ -118,8 +127,7 @@ class Open:
         for theme in ("Dark", "Light"):
             self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
             self.page.wait_for_function("theme => document.body.dataset.jpThemeName == theme", arg=f"JupyterLab {theme}")
-            height = self.page.evaluate("() => panel.content.widgets.at(-1).node.getBoundingClientRect().bottom - panel.content.widgets[0].node.getBoundingClientRect().top")
-            for i, y in enumerate(range(0, max(int(height) - 200, 1), SIZE["height"] - 200)):
+            for i, y in enumerate(range(0, max(int(self.page.evaluate(HEIGHT)) - 200, 1), SIZE["height"] - 200)):
                 self.page.evaluate("([s, y]) => panel.node.querySelector(s).scrollTo(0, y)", [OUTER, y]); time.sleep(.3)
                 self.page.screenshot(path=self.page.folder / f"{name}-{theme.lower()}-{i:02}.png")
 
@@ -129,9 +137,10 @@ def test_runs_in_jupyterlab(path, page, server):
     _, folder, committed = server
     with Open(page, path) as o:
         began = time.monotonic(); o.start(); o.wait(); took = time.monotonic() - began
-        assert not (wrong := o.texts(ERROR)), wrong[0][-500:]
-        assert not (odd := [t for t in o.texts(".jp-OutputArea-output") if re.search(r"<[^<>]+ at 0x[0-9a-f]+>", t)]), f"an object is shown as its address, end the cell with a semicolon: {odd[0][:200]}"
-        seen = o.figures(); o.photograph(path.stem)
+        assert not (wrong := o.errors()), wrong[0]
+        odd = [t[:200] for t in o.texts(".jp-OutputArea-output") if re.search(r"<[^<>]+ at 0x[0-9a-f]+>", t)]
+        assert not odd, f"an object is shown as its address, end the cell with a semicolon: {odd}"
+        seen = o.sides(FIGURE); o.photograph(path.stem)
     assert len(seen) >= committed[path] and all(side > 50 for side in seen), f"{committed[path]} figures are committed, seen: {seen}"
     nb = nbformat.read(folder / path, 4); nbformat.validate(nb)  # as JupyterLab saved it
     done = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
@@ -148,26 +157,28 @@ flow = trajectories([Spec("digits8", width=8, rounds=4, seed=s, recipe=dict(epoc
 def test_progress_bars_are_seen(jobs, page, server):
     "Widgets that move while runs are made, here or in other processes, and are full in the end"
     path = Path(f"bars{jobs}.ipynb"); shutil.rmtree(server[1] / "runs" / "bars", ignore_errors=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STUDY.format(jobs=jobs))], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), server[1] / path)
+    python = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(STUDY.format(jobs=jobs))], metadata=dict(kernelspec=python)), server[1] / path)
     with Open(page, path) as o:
         o.start()
         page.wait_for_function("s => ['all', 'digits8'].every(word => [...panel.node.querySelectorAll(s)].some(o => o.textContent.includes(word)))", arg=LABEL)
-        boxes = page.evaluate("s => [...panel.node.querySelectorAll(s)].map(o => o.getBoundingClientRect().width)", BAR); assert len(boxes) >= 2 and min(boxes) > 50, boxes
+        boxes = o.sides(BAR); assert len(boxes) >= 2 and min(boxes) > 10, boxes
         o.photograph(f"bars{jobs}-in-flight"); o.wait(300)
         words = o.texts(LABEL); assert any("all runs: 10 of 10 rounds 100%" in w for w in words) and not any("digits8" in w for w in words), words
-        assert not o.texts(ERROR) and not [w for w in o.texts(".jp-OutputArea-output") if "Error displaying widget" in w]
+        assert not o.errors() and not [w for w in o.texts(".jp-OutputArea-output") if "Error displaying widget" in w]
         o.photograph(f"bars{jobs}-done")
 
 
 def test_what_the_command_line_ran_opens(page, server):
     "The notebook that `rg-tickets run` leaves: shown as it is, without a question, with its figures; JupyterLab keeps what is noted in it"
     folder = server[1] / "runs" / "made"; file = folder / "notebook.ipynb"
-    done = subprocess.run([Path(sys.executable).with_name("rg-tickets"), "run", "resnet_imp", "scale=smoke", "jobs=1", "-f", folder], env=ENV, capture_output=True, text=True)
+    command = [Path(sys.executable).with_name("rg-tickets"), "run", "resnet_imp", "scale=smoke", "jobs=1", "-f", folder]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before = nbformat.read(file, 4); nbformat.validate(before)
     with Open(page, file.relative_to(server[1])) as o:
-        assert page.locator(".jp-Dialog").count() == 0 and not o.texts(ERROR)
-        assert len(o.figures()) >= 2 and min(o.figures()) > 50
+        assert page.locator(".jp-Dialog").count() == 0 and not o.errors()
+        assert len(o.sides(FIGURE)) >= 2 and min(o.sides(FIGURE)) > 50
         o.photograph("resnet_imp-by-command")
     after = nbformat.read(file, 4); nbformat.validate(after)
     assert all(after.metadata[k] == before.metadata[k] for k in ("rg_tickets", "papermill")) and after.cells == before.cells

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 import pandas as pd
 import yaml
-from . import notebooks, plans
+from . import notebooks
 from .basics import alone, lookup, patch_to, replacing
 from .progress import far, planned
 
@@ -206,9 +206,10 @@ def check(
     jobs: list,  # of Job
 ) -> list:  # for each its `plans.Work`, None for a report
     "Ask every experiment what it would run; refuses, before anything is run, what it would refuse"
+    from rg_tickets.plans import work_of  # loads torch, which reading a study's folder does not need
     out = []
     for j in jobs:
-        try: out.append(plans.work_of(j.experiment, j.parameters) if j.experiment in notebooks.experiments() else None)
+        try: out.append(work_of(j.experiment, j.parameters) if j.experiment in notebooks.experiments() else None)
         except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{j}: {e}") from None
     return out
 
@@ -383,6 +384,8 @@ def show(
     found = _job_at(path)
     if found is None: raise FileNotFoundError(f"{path} is neither a run nor a job of a study; `rg-tickets status FOLDER` names the jobs")
     (kept, job), home = found, found[0].home(found[1]); row = status(kept.folder).set_index("job").loc[job.id]; text = lambda name: (home / name).read_text(encoding="utf-8").rstrip() if (home / name).exists() else None
-    out = _lines_of(dict(job=str(job), experiment=job.experiment, state=row.state, at=row["at"], left=row.left, note=row.note, **job.parameters, runs=kept.runs(job), files=", ".join(sorted(p.name for p in home.glob("*.*") if p.is_file() and p.name[0] != "."))))
+    files = ", ".join(sorted(p.name for p in home.glob("*.*") if p.is_file() and p.name[0] != "."))
+    out = _lines_of(dict(job=str(job), experiment=job.experiment, state=row.state, at=row["at"], left=row.left, note=row.note))
+    out += _lines_of(job.parameters) + _lines_of(dict(runs=kept.runs(job), files=files))  # a parameter may be called "at", too
     if row.state == "done" and text("verdict.txt"): out += ["", text("verdict.txt")]
     return out + (["", text("error.txt")] if row.state != "done" and text("error.txt") else [])

@@ -31,10 +31,11 @@ def list_(experiment: Optional[str] = typer.Argument(None, help="an experiment, 
     if experiment:
         for k, (kind, default, meaning) in notebooks.parameters(experiment).items(): typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
         return
+    typer.echo(f"experiments: {', '.join(notebooks.experiments())}")  # at once; the tables below take torch, and seconds
     from rg_tickets.imp import CONTROLS
     from rg_tickets.models.resnets import MODELS
     from rg_tickets.tasks.images import TASKS
-    for kind, names in dict(experiments=notebooks.experiments(), tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
+    for kind, names in dict(tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
 
 # %% ../nbs/41_cli.ipynb #02c2b92d
 @contextlib.contextmanager
@@ -160,10 +161,11 @@ def collect(
     table: str = typer.Option("rounds", help="rounds: every round of every run; or a table that experiments leave: exponents, gaps, flow ..."),
 ):
     "One table of a study, as far as it got."
-    from rg_tickets import batches, runs
+    from rg_tickets import batches
     found = batches.collect(folder, table)
-    if output: runs.write_csv(output, found); typer.echo(f"{len(found)} rows: {output}")
-    else: typer.echo(found.to_csv(index=False), nl=False)
+    if output is None: typer.echo(found.to_csv(index=False), nl=False); return
+    from rg_tickets.runs import write_csv
+    write_csv(output, found); typer.echo(f"{len(found)} rows: {output}")
 
 # %% ../nbs/41_cli.ipynb #b9ccde6c
 _RUN = "run or study of ours, table of flows (.csv), ticket (.safetensors), or folder of open_lth, CV_LTH, BERT-Tickets, torch.nn.utils.prune or (weights, mask) pairs"

@@ -124,6 +124,7 @@ def _finish(part, out, name, given):
     import nbformat
     try: nb = nbformat.read(part, 4)
     except (OSError, ValueError): return  # nothing there, or cut short: the disk is full, and what was raised says so
+    nb.cells = [c for c in nb.cells if "links" not in c.metadata.get("tags", [])]  # the neighbours they lead to are not here
     nb.metadata.setdefault("papermill", {})["output_path"] = str(out)
     nb.metadata["rg_tickets"] = dict(experiment=name, parameters=given, **circumstances())
     nbformat.validate(nb); nbformat.write(nb, part); os.replace(part, out)
@@ -141,7 +142,7 @@ def run(
     out = writable(home or folder) / "notebook.ipynb"; part = out.with_name(".notebook.ipynb")
     with alone(folder, ".notebook.lock"), as_file(_sources()[name]) as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
         for old in (folder / "plan.json", part): old.unlink(missing_ok=True)  # the notebook makes its own plan
-        try: papermill.execute_notebook(str(source), str(part), given, kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
+        try: papermill.execute_notebook(str(source), str(part), given, kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=50"])
         except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})") from None
         except nbclient.exceptions.DeadKernelError: raise RunsFailed(f"{name}: its process was killed (out of memory?); finished rounds are kept, start again with fewer jobs") from None
         finally: _finish(part, out, name, given)

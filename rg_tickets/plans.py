@@ -243,7 +243,7 @@ def _texts(spec, f, n):
     from rg_tickets.models.berts import BERTS, bert
     from transformers import BertConfig
     source = BERTS[spec.model]; config = BertConfig(**source.config | (dict(num_hidden_layers=len(source.layers)) if source.layers else {}))
-    x = torch.stack([torch.randint(config.vocab_size, (n, f.shape[1]), generator=generator(0, "plan"), device="cpu"), torch.ones(n, f.shape[1], dtype=torch.long, device="cpu"), torch.zeros(n, f.shape[1], dtype=torch.long, device="cpu")], 1)
+    ids = torch.randint(config.vocab_size, (n, f.shape[1]), generator=generator(0, "plan"), device="cpu"); x = torch.stack([ids, torch.ones_like(ids), torch.zeros_like(ids)], 1)
     task = Task(spec.task, Resident(x, x[:, 0, 0], x, x[:, 0, 0]), shape=f.shape, objective=lambda network, batch: network(batch[0]).float().square().mean())
     return task, bert(config, f.head, f.classes or 2, spec.seed)
 
@@ -257,8 +257,8 @@ def _scenes(spec, f, n):
     boxed = lambda network, batch: sum(network(list(batch[0]), [target(batch[0])] * len(batch[0])).values())
     outlined = lambda network, batch: network(batch[0])["out"].float().square().mean()
     wrap = (lambda b: voc.detector(b, size, seed=spec.seed, **options)) if found else (lambda b: voc.segmenter(b, seed=spec.seed))
-    y = torch.zeros(n, device="cpu")
-    return Task(spec.task, Resident(x, y, x, y), shape=f.shape, objective=boxed if found else outlined, wrap=wrap), resnet(spec.model, f.classes, f.shape[0], seed=spec.seed, **_given(spec))
+    y = torch.zeros(n, device="cpu"); task = Task(spec.task, Resident(x, y, x, y), shape=f.shape, objective=boxed if found else outlined, wrap=wrap)
+    return task, resnet(spec.model, f.classes, f.shape[0], seed=spec.seed, **_given(spec))
 
 STANDINS = {"pictures": _pictures, "scenes": _scenes, "texts": _texts}  # name in `runs.SYSTEMS` -> (spec, Facts, samples) -> (task, backbone)
 
@@ -283,21 +283,20 @@ class Size:
     entries: int  # tensors of the whole state
 
 @lru_cache(maxsize=None)
-def _size(spec_id, spec):
-    network = standin(spec.value, device="meta")[1]; params = prunable(network, spec.value.preset)
+def _size(key):
+    network = standin(key.spec, device="meta")[1]; params = prunable(network, key.spec.preset)
     return Size(sum(p.numel() for p in network.parameters()), sum(p.numel() for p in params.values()), len(params), sum(t.nbytes for t in network.state_dict().values()),
                 sum(p.nbytes for p in network.parameters() if p.requires_grad), len(network.state_dict()))
 
 class _Hashed:
     "A spec as a key: equal if what it builds is equal"
-    def __init__(self, value): self.value, self.id = value, (value.task, value.model, value.width, value.stem, str(value.preset), str(value.options))
+    def __init__(self, spec): self.spec, self.id = spec, (spec.task, spec.model, spec.width, spec.stem, str(spec.preset), str(spec.options))
     def __hash__(self): return hash(self.id)
     def __eq__(self, other): return self.id == other.id
 
 def size(spec: Spec) -> Size:
     "Counts of a spec's network, made on the meta device"
-    key = _Hashed(spec)
-    return _size(key.id, key)
+    return _size(_Hashed(spec))
 
 # %% ../nbs/40c_plans.ipynb #ca73ef9f
 def steps_of(
@@ -309,10 +308,12 @@ def steps_of(
     per_epoch = max(1, facts(spec, root).train // recipe.batch_size); end = recipe.epochs * per_epoch
     rewind = PRUNE_TYPES[spec.prune_type].rewind if spec.prune_type else spec.rewind
     k = policy(rewind, per_epoch)[1]
-    if crosses(o): passes, extra = getattr(o, "trainings", int(not (o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None)))), 0
+    read = crosses(o) and (o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None))  # what the target's own run has measured
+    if crosses(o): passes, extra = getattr(o, "trainings", int(not read)), 0
     else: passes, extra = dict(every=spec.rounds + 1, once=1, never=0)[CONTROLS[spec.control].train], k
     dense = end if not crosses(o) and spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense" else 0
-    return dict(epochs=recipe.epochs, batch=recipe.batch_size, per_epoch=per_epoch, passes=passes + bool(dense), steps=extra + passes * (end - k) + dense, tested=getattr(o, "points", passes) if crosses(o) else spec.rounds + 1)
+    tested = getattr(o, "points", passes) if crosses(o) else spec.rounds + 1
+    return dict(epochs=recipe.epochs, batch=recipe.batch_size, per_epoch=per_epoch, passes=passes + bool(dense), steps=extra + passes * (end - k) + dense, tested=tested)
 
 # %% ../nbs/40c_plans.ipynb #2b72f2f9
 _NAME, _HEADER, _LINE = 120, 210, 190  # bytes per tensor of a ticket's file, and per round and prunable tensor in its header and in flow.csv
@@ -321,13 +322,14 @@ SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}  # optimizer -> numbers it remembers p
 def storage(
     o,  # a Spec or a Crossing
 ) -> dict:  # ticket, state (while it runs), tables: bytes
-    "What something leaves on the disk, to a few per cent"
+    "What something leaves on the disk, to about a tenth"
     spec = o.target if crosses(o) else o; s, recipe = size(spec), Recipe(**spec.recipe)
     state = s.bytes + (SLOTS[recipe.optimizer] * s.trained if recipe.momentum or recipe.optimizer == "adamw" else 0)
     if crosses(o): return dict(ticket=0, state=state if steps_of(o)["steps"] else 0, tables=2000)
     lines = (spec.rounds + 1) * s.tensors
     dense = s.bytes if spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense" else 0
-    return dict(ticket=s.bytes + s.prunable + 2000 + _NAME * (s.entries + s.tensors) + _HEADER * lines + dense, state=state if steps_of(o)["steps"] else 0, tables=1000 + 100 * (spec.rounds + 1) + _LINE * lines)
+    ticket = s.bytes + s.prunable + 2000 + _NAME * (s.entries + s.tensors) + _HEADER * lines + dense
+    return dict(ticket=ticket, state=state if steps_of(o)["steps"] else 0, tables=1000 + 100 * (spec.rounds + 1) + _LINE * lines)
 
 # %% ../nbs/40c_plans.ipynb #caa6a5a4
 @dataclass(frozen=True)
@@ -465,7 +467,9 @@ def _known(work, k, v):
 def _parameters(plan):
     "What the experiment was told"
     known = notebooks.parameters(plan.work.name)
-    return _columns([(k, textwrap.shorten(_known(plan.work, k, plan.work.scope[k]), 44, placeholder=" ..."), textwrap.shorten(what, 160, placeholder=" ...")) for k, (_, _, what) in known.items()], ("parameter", "value", "meaning"))
+    short = lambda text, most: textwrap.shorten(text, most, placeholder=" ...")
+    rows = [(k, short(_known(plan.work, k, plan.work.scope[k]), 44), short(what, 160)) for k, (_, _, what) in known.items()]
+    return _columns(rows, ("parameter", "value", "meaning"))
 
 def _weights(plan):
     "Weights from elsewhere: (name, bytes, where, is it there)"
@@ -488,8 +492,9 @@ def _weights(plan):
 def _data(plan):
     "What has to be there, and how large it is"
     found = dict.fromkeys(facts(s, plan.root) for s in [*plan.work.runs, *(c.target for c in plan.work.crossings)])
-    rows = [(f.name, _bytes(f.bytes) if f.bytes else "-", f"{'~' * f.about}{f.train:,} + {f.test:,}", f.classes or f.head, "x".join(map(str, f.shape)), _bytes(f.memory) if f.memory else "-", "yes" if f.there else "NO", f.where) for f in found]
-    rows += [(name, _bytes(n) if n else "-", "", "", "", "", "yes" if there else "NO", where) for name, n, where, there in _weights(plan)]
+    large, yes = lambda n: _bytes(n) if n else "-", lambda there: "yes" if there else "NO"
+    rows = [(f.name, large(f.bytes), f"{'~' * f.about}{f.train:,} + {f.test:,}", f.classes or f.head, "x".join(map(str, f.shape)), large(f.memory), yes(f.there), f.where) for f in found]
+    rows += [(name, large(n), "", "", "", "", yes(there), where) for name, n, where, there in _weights(plan)]
     return _columns(rows, ("data", "download", "train + test", "classes", "shape", "memory", "there", "where it must lie"))
 
 # %% ../nbs/40c_plans.ipynb #35779dc4
@@ -512,28 +517,32 @@ def _crossings(plan):
     "The transfers, gathered by kind"
     frame = plan.frame[plan.frame.kind != "run"]
     if frame.empty: yield "  none"; return
-    rows = [(k, len(g), len(g[["source", "task"]].drop_duplicates()), _span(int(o) for o in g["round"] if o == o and o is not None), _span(g.seed), f"{g.steps.sum():,}", _span(g.task)) for k, g in frame.groupby("kind", sort=False)]
+    ways = lambda g: len(g[["source", "task"]].drop_duplicates())
+    rows = [(k, len(g), ways(g), _span(g["round"].dropna().astype(int)), _span(g.seed), f"{g.steps.sum():,}", _span(g.task)) for k, g in frame.groupby("kind", sort=False)]
     yield from _columns(rows, ("kind", "records", "ways", "after round", "seeds", "steps in all", "to"))
 
 def _disk(plan):
     "What will lie on the disk"
     f = plan.frame; tickets, tables = f.ticket_bytes.sum(), f.tables_bytes.sum(); live = f.state_bytes.nlargest(plan.jobs).sum()
-    one = f.loc[f.ticket_bytes.idxmax()]
-    yield from _columns([("tickets", _bytes(one.ticket_bytes), _bytes(tickets), "rewind weights, and the round in which each weight died"), ("tables", _bytes(f.tables_bytes.max()), _bytes(tables), "rounds.csv, flow.csv, transfer.csv"),
-                         ("states", _bytes(f.state_bytes.max()), _bytes(live), f"only while it runs, {plan.jobs} at a time; and once more while it is replaced"), ("in all", "", _bytes(tickets + tables + 2 * live), "at most")],
-                        ("storage", "largest", "together", ""))
+    rows = [("tickets", _bytes(f.ticket_bytes.max()), _bytes(tickets), "rewind weights, and the round in which each weight died"),
+            ("tables", _bytes(f.tables_bytes.max()), _bytes(tables), "rounds.csv, flow.csv, transfer.csv"),
+            ("states", _bytes(f.state_bytes.max()), _bytes(live), f"only while it runs, {plan.jobs} at a time; and once more while it is replaced"),
+            ("in all", "", _bytes(tickets + tables + 2 * live), "at most")]
+    yield from _columns(rows, ("storage", "largest", "together", ""))
 
 # %% ../nbs/40c_plans.ipynb #3b9d864c
 def _time(plan):
     "Measured steps, and what follows"
     if not plan.measured: yield "  not measured (seconds=0)"; return
-    rows = [(f"{s.model}, {'x'.join(map(str, facts(s).shape))}{''.join(f', {o}' for o in _key(s)[6])}", m.batch, f"{m.seconds:.3g} s", f"{1 / m.per_sample:,.3g}", f"{m.flops / 1e9:.3g}", f"{m.flops / m.per_sample / 1e12:.3g}", m.machine) for s, m in plan.measured.values()]
+    step = lambda s: ", ".join([s.model, "x".join(map(str, facts(s).shape)), *_key(s)[6]])
+    rows = [(step(s), m.batch, f"{m.seconds:.3g} s", f"{1 / m.per_sample:,.3g}", f"{m.flops / 1e9:.3g}", f"{m.flops / m.per_sample / 1e12:.3g}", m.machine) for s, m in plan.measured.values()]
     yield from _columns(rows, ("measured step", "samples", "took", "samples/s", "GFLOP/sample", "TFLOP/s", "on"))
     yield ""
     f, unit = plan.frame, "core" if next(iter(plan.measured.values()))[1].machine.startswith("one core") else "GPU"
     gpu = lambda g: g.flops.sum() / plan.tflops / 3.6e15
     groups = [(*k, len(g), f"{g.flops.sum() / 1e18:.3g}", _hours(g.hours.sum()), _hours(gpu(g))) for k, g in f.groupby(["task", "kind", "control"], sort=False)]
-    yield from _columns([(*r[:2], r[2] if r[1] == "run" else "-", *r[3:]) for r in (*groups, ("in all", "", "", len(f), f"{f.flops.sum() / 1e18:.3g}", _hours(f.hours.sum()), _hours(gpu(f))))],
+    groups.append(("in all", "", "", len(f), f"{f.flops.sum() / 1e18:.3g}", _hours(f.hours.sum()), _hours(gpu(f))))
+    yield from _columns([(*r[:2], r[2] if r[1] == "run" else "-", *r[3:]) for r in groups],
                         ("task", "kind", "control", "how many", "EFLOP", f"{unit}-hours here", f"GPU-hours at {plan.tflops:g} TFLOP/s"))
     yield from ("", *textwrap.wrap(f"Here: about {_hours(f.hours.sum() / plan.jobs)} with {plan.jobs} at a time, from the steps above. The last column assumes a GPU that sustains {plan.tflops:g} TFLOP/s "
                                    "(--tflops sets it); measured on the GPU itself, the plan needs no assumption. Reading pictures from a disk, and masks, are not in it.", 96, initial_indent="  ", subsequent_indent="  "))

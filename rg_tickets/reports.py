@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .archives import ArchiveError, read_run
 from .audit import audit, findings
 from .basics import lookup, replacing
-from .figures import SERIES, bare, legend
+from .figures import PALETTE, SERIES, bare, legend
 from .flows import LABELS, Flow, exponents, plot_exponents, plot_flow
 from .hub import flow_of
 from .masks import Schedule
@@ -138,8 +138,9 @@ def draw_flow(
     for (task, model), axes in zip(systems, figure.subplots(len(systems), 2, squeeze=False)):
         part = flow.where(task=task, model=model); there = list(dict.fromkeys(part.frame.control)); main = "imp" if "imp" in there else there[0]
         table = exponents(part, by=by, window=window); null = table[table.control == "untrained"] if "untrained" in there and main != "untrained" else None
-        plot_flow(part.where(control=main), by=by, ax=axes[0]).set_title(f"{task} {model} {main}".replace("$", r"\$"), fontsize=10)
-        plot_exponents(table[table.control == main], null, axes[1])
+        plot_flow(part.where(control=main), by=by, ax=axes[0]).set_title(f"{task} · {model} · {main}: shares".replace("$", r"\$"), fontsize=10)
+        seeds = part.where(control=main).frame.seed.nunique()
+        plot_exponents(table[table.control == main], null, axes[1]).set_title(f"and their exponents, over {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
     return figure
 
 # %% ../nbs/40e_reports.ipynb #5be7b8c8
@@ -163,7 +164,9 @@ def audited(
     rule: str = "geometric",  # "geometric": of the survivors; "arithmetic": of all
 ) -> pd.DataFrame:  # as `audit` gives it
     "Whether the masks of a run are nested, counted, in force, and ranked as they are said to be"
-    if kind == "auto" and own(path): raise ValueError(f"{path} is of our own making and cannot be audited: the trained weights of each round, by which masks are ranked, are not kept. Its masks are nested by construction; `rg-tickets flow` shows their counts")
+    if kind == "auto" and own(path):
+        raise ValueError(f"{path} is of our own making and cannot be audited: the trained weights of each round, by which masks are ranked, are not kept. "
+                         "Its masks are nested by construction; `rg-tickets flow` shows their counts")
     if rate is None and rule != "geometric": raise ValueError(f"rule={rule!r} says nothing without a rate: give both")
     run = _archive(path, kind, after)
     return audit(run, read_weights(initial) if initial else None, Schedule(rate, rule) if rate is not None else None)
@@ -173,7 +176,8 @@ def audit_report(
 ) -> tuple:  # (table, lines of text, what was found against the run: a list)
     "The audit of a run, with what was found in words"
     table = audited(path, kind, after, initial, rate, rule); wrong = findings(table)
-    lines = [table[["n", "density", "removed", "trained", "initial", "chance", "verdict"]].to_string(index=False, na_rep="-", float_format="{:.3f}".format), f"schedule: {table.attrs['schedule']}" + ("" if rate else ", guessed from the first pruning")]
+    shown = table[["n", "density", "removed", "trained", "initial", "chance", "verdict"]].to_string(index=False, na_rep="-", float_format="{:.3f}".format)
+    lines = [shown, f"schedule: {table.attrs['schedule']}" + ("" if rate else ", guessed from the first pruning")]
     if table.initial.isna().all(): lines.append("The weights before training are not known, so a one-shot look-alike could not be seen: give them with --initial FILE.")
     return table, lines + (["", "Found:", *(f"  {o}" for o in wrong)] if wrong else ["Nothing was found against this run."]), wrong
 
@@ -182,8 +186,9 @@ def draw_audit(
 ) -> Figure:
     "Share of the removed weights that each ranking explains, against the round"
     figure = Figure(figsize=(5, 3.2), layout="constrained"); ax = figure.subplots(); t = table.iloc[1:]
-    for k, style in (("trained", "o-"), ("initial", "s-"), ("chance", "k:")): ax.plot(t.n, t[k], style, label=k, ms=4)
-    ax.set(xlabel="round $n$", ylabel="overlap with the removed", ylim=(0, 1.05)); legend(bare(ax))
+    looks = dict(trained=("o-", SERIES[0]), initial=("s-", SERIES[1]), chance=("--", PALETTE["marginal"]))
+    for k, (style, colour) in looks.items(): ax.plot(t.n, t[k], style, color=colour, label=k, ms=4)
+    ax.set(xlabel="round $n$", ylabel="overlap with the removed", ylim=(0, 1.05), title="Which ranking explains what was removed"); legend(bare(ax))
     return figure
 
 # %% ../nbs/40e_reports.ipynb #162ddfe8
@@ -207,7 +212,8 @@ def compare_report(
     wide = table.pivot_table(index=["a", "b"], columns="kind", values="value", sort=False)
     if many: wide["p"] = table.dropna(subset="p").set_index(["a", "b"]).p_family
     lines = [_heading(flow.where(control=control)), wide.reset_index().to_string(index=False, float_format="{:.3f}".format, formatters=dict(p="{:.1g}".format))]
-    lines.append("errors: distance in standard errors over seeds; p: chance of so large a one among all pairs, were all one flow.\n\n" + in_words(found) if many else "One run of each: no errors over seeds, so nothing says whether these differences mean anything.")
+    if many: lines.append("errors: distance in standard errors over seeds; p: chance of so large a one among all pairs, were all one flow.\n\n" + in_words(found))
+    else: lines.append("One run of each: no errors over seeds, so nothing says whether these differences mean anything.")
     return table, lines, found
 
 # %% ../nbs/40e_reports.ipynb #ede094c9
@@ -250,13 +256,20 @@ def _joint(target, candidates, control):
     return flow, " · ".join(mine[k] for k in ([k for k in LABELS if real[k].nunique() > 1] or LABELS[:1]))
 
 # %% ../nbs/40e_reports.ipynb #6c524970
+def _apart(v):
+    "Distances of all pairs without errors, as a matrix"
+    one = _plain(v).query("kind == 'distance'"); both = pd.concat([one, one.rename(columns=dict(a="b", b="a"))])
+    return both.pivot(index="a", columns="b", values="value").fillna(0.)
+
 def _ranked(d, name, transfers):
     "Candidates in order with probabilities, and a line on how good the curve is"
     known = transfers[transfers.source.isin(d.index) & transfers.target.isin(d.index)]; rest = known[(known.source != name) & (known.target != name)]
     if not len(rest): raise ValueError(f"no transfer in the table is between two of the candidates, {', '.join(d.index[d.index != name])}; it has {', '.join(dict.fromkeys(transfers.source))}")
     table = pairs(rest, flow=d); o = held_out_auc(table)
-    good = f"AUC {o['auc']:.2f}" + (f" [{o['low']:.2f}, {o['high']:.2f}]" if np.isfinite(o["low"]) else "") + f" from {o['targets']} targets" if o["targets"] else "not known: no target among them has both tickets that transfer and tickets that do not"
-    return rank(fit(table), name, flow=d).rename(columns=dict(flow="distance")), f"Probabilities from {len(table)} transfers among the candidates; how well such a curve ranks for a task it has not seen: {good} (0.5 is chance)."
+    within = f" [{o['low']:.2f}, {o['high']:.2f}]" if np.isfinite(o["low"]) else ""
+    good = f"AUC {o['auc']:.2f}{within} from {o['targets']} targets" if o["targets"] else "not known: no target among them has both tickets that transfer and tickets that do not"
+    said = f"Probabilities from {len(table)} transfers among the candidates; how well such a curve ranks for a task it has not seen: {good} (0.5 is chance)."
+    return rank(fit(table), name, flow=d).rename(columns=dict(flow="distance")), said
 
 def predict_report(
     target: Flow,  # runs of one system
@@ -270,9 +283,11 @@ def predict_report(
     if rounds is not None and rounds < 2: raise ValueError(f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {max(rounds, -1) + 1}")
     if rounds is not None: flow = Flow(flow.frame[flow.frame.n <= rounds])
     v = vectors(flow, against, control, by=by, window="all"); many = _repeated(v)
-    d = distances(v) if many else _plain(v).query("kind == 'distance'").pipe(lambda t: pd.concat([t, t.rename(columns=dict(a="b", b="a"))])).pivot(index="a", columns="b", values="value").fillna(0.)
+    d = distances(v) if many else _apart(v)
     if transfers is not None: table, said = _ranked(d, name, transfers)
-    else: table, said = d[name].drop(name).sort_values(kind="stable").rename_axis("candidate").reset_index(name="distance"), "No transfers were given (--transfers): this is an order, and no probability."
+    else:
+        table = d[name].drop(name).sort_values(kind="stable").rename_axis("candidate").reset_index(name="distance")
+        said = "No transfers were given (--transfers): this is an order, and no probability."
     unit = "standard errors over seeds" if many else "units of sigma; one run of each, so nothing says whether differences mean anything"
     return table, [f"Candidates for {name}, nearest flow first.", table.to_string(index=False, float_format="{:.3f}".format), f"distance in {unit}.", said]
 
@@ -283,5 +298,5 @@ def draw_prediction(
     "Candidates from the top, by probability if there is one, else by distance"
     figure = Figure(figsize=(5, 1.2 + .3 * len(table)), layout="constrained"); ax = figure.subplots(); what = "probability" if "probability" in table else "distance"
     ax.plot(table[what], range(len(table)), "o", color=SERIES[0]); ax.set_yticks(range(len(table)), table.candidate); bare(ax).invert_yaxis()
-    ax.set(xlabel={"probability": "probability of being transferable", "distance": "distance of flows"}[what], xlim=(0, 1 if what == "probability" else None))
+    ax.set(xlabel={"probability": "probability of being transferable", "distance": "distance of flows"}[what], xlim=(0, 1 if what == "probability" else None), title="Candidates, the first to be tried above")
     return figure

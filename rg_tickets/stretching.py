@@ -179,9 +179,12 @@ def stretched(
     "Make the runs that are missing, then the records, and give these"
     todo = list({s.id: s for s in todo}.values()); plain = [getattr(s, "stretching", s) for s in todo]
     for s in plain:
-        if (s.source.task, s.source.seed) != (s.target.task, s.target.seed): raise ValueError(f"{s}: source and target differ in task or seed, and here only the depth changes; for tasks there is `studies.Crossing`")
-    complete([*waves([replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [s.target for s in plain]), todo], folder, jobs, **kwargs)
-    return pd.concat([pd.read_csv(Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv"), keep_default_na=False, na_values={"asked_density": [""], "loss": ["", "nan"]}) for s in todo], ignore_index=True)
+        if (s.source.task, s.source.seed) != (s.target.task, s.target.seed):
+            raise ValueError(f"{s}: source and target differ in task or seed, and here only the depth changes; for tasks there is `studies.Crossing`")
+    found = [replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [s.target for s in plain]  # the runs that find tickets
+    complete([*waves(found), todo], folder, jobs, **kwargs)
+    paths = [Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv") for s in todo]
+    return pd.concat([pd.read_csv(p, keep_default_na=False, na_values={"asked_density": [""], "loss": ["", "nan"]}) for p in paths], ignore_index=True)
 
 # %% ../nbs/40d_stretching.ipynb #c76efa7b
 KEYS = ["target", "source_model", "model", "kind", "strategy", "map", "asked_density"]  # what is compared; records that agree in these are repetitions
@@ -198,7 +201,8 @@ def beside(
     if base.empty: raise ValueError(f"there is no record of kind {baseline!r} to compare with; there are {', '.join(sorted(frame.kind.unique()))}")
     for key, g in frame.merge(base, "inner", on).groupby(KEYS, sort=False, dropna=False):
         gap, se, low, high = interval(g.base - g.metric, level); sd = g.base.std()
-        rows.append(dict(zip(KEYS, key)) | dict(score=g.metric.mean(), density=g.density.mean(), seeds=len(g), gap=gap, se=se, low=low, high=high, sd=sd, close=gap <= sd if len(g) > 1 else pd.NA))
+        about = dict(score=g.metric.mean(), density=g.density.mean(), seeds=len(g)); close = gap <= sd if len(g) > 1 else pd.NA
+        rows.append(dict(zip(KEYS, key)) | about | dict(gap=gap, se=se, low=low, high=high, sd=sd, close=close))
     return pd.DataFrame(rows).astype(dict(close="boolean"))
 
 # %% ../nbs/40d_stretching.ipynb #740f0bf0
@@ -221,7 +225,8 @@ def agreement(
     "Does a criterion order the maps as training does"
     wide = frame.pivot(index="map", columns=["target", "seed"], values="metric")
     rho = [stats.spearmanr(scores[wide.index], -wide[c]).statistic for c in wide]
-    return dict(zip(("rho", "se", "low", "high"), interval(rho, level)), runs=len(rho))
+    mean, se, low, high = interval(rho, level)
+    return dict(rho=mean, se=se, low=max(-1., low), high=min(1., high), runs=len(rho))
 
 # %% ../nbs/40d_stretching.ipynb #9ab59209
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def crossings(
 def _fit(target, sources, n):
     "Refuse rounds and models of which no transfer can be made"
     for o in (target, *sources):
-        if o.model != target.model: raise ValueError(f"the ticket of {o} is of a {o.model}, and {target} of a {target.model}: a ticket goes to its own model here, and `32_elastic` takes it to another depth")
+        if o.model != target.model:
+            raise ValueError(f"the ticket of {o} is of a {o.model}, and {target} of a {target.model}: a ticket goes to its own model here, and `32_elastic` takes it to another depth")
         for i in n:
             if not 1 <= i <= o.rounds: raise ValueError(f"round {i} was asked for, and {o} prunes {o.rounds} times: ask for rounds 1 to {o.rounds}")
 
@@ -174,7 +175,8 @@ def original(
 
 def sources() -> pd.DataFrame:  # a row per task and field: value, source
     "Every number of the original study that is used, and where it is written"
-    return pd.DataFrame([(task, k, v, where) for task, numbers in CV_LTH.items() for k, (v, where) in numbers.items()], columns=["task", "field", "value", "source"]).set_index(["task", "field"])
+    rows = [(task, k, v, where) for task, numbers in CV_LTH.items() for k, (v, where) in numbers.items()]
+    return pd.DataFrame(rows, columns=["task", "field", "value", "source"]).set_index(["task", "field"])
 
 # %% ../nbs/40b_studies.ipynb #72a7b596
 _GLUE = dict(recipe=dict(epochs=3, batch_size=32, lr=2e-5), options=dict(length=128))  # README: save_steps of 3 epochs, 32 a step, 2e-5, 128 pieces

@@ -84,8 +84,8 @@ def _some(items, limit=3):
 
 def _not_safetensors(path, error):
     "Say what a file that is no safetensors file looks like"
-    start = Path(path).open("rb").read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    with open(path, "rb") as f: start = f.read(9)
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{"):  # a safetensors file has a length in eight bytes, then a brace
         return TicketError(f"{path} is a torch.save or pickle file. Loading one can run code, so it is not opened; convert it to safetensors where it was made")
     return TicketError(f"{path} cannot be read as safetensors ({error}): it was cut short, damaged, or is another kind of file. Copy it again, or make it again from its run")
 

@@ -64,6 +64,7 @@ def tried(specs, folder, jobs):
     return said, {s.id: len(pd.read_csv(folder / s.id / "rounds.csv")) for s in specs if (folder / s.id / "rounds.csv").exists()}
 
 
+@pytest.mark.slow
 @posix
 @proc
 def test_a_run_that_needs_more_memory_than_there_is(tmp_path, tell):

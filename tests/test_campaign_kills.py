@@ -65,7 +65,7 @@ def test_studies(tmp_path, tell):
         rounds += sum(kept_in(folder).values()); ended += 1; folder = tmp_path / str(ended)
     while sum(hit.values()) < STUDIES:
         if process is None: process, started = start(), time.time()
-        try: code = process.wait(draw.uniform(0, .5 * length))
+        try: code = process.wait(draw.uniform(0, .35 * length))
         except subprocess.TimeoutExpired: code = None
         if code == 0: check()
         if code is None:

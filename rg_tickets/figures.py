@@ -71,6 +71,7 @@ def band(
     middle, half = np.asarray(middle, float), np.nan_to_num(np.asarray(half, float))
     ax.plot(x, middle, **dict(marker="o", ms=3, color=colour) | look); ax.fill_between(x, middle - half, middle + half, color=colour, alpha=.25, lw=0)
 
+# %% ../nbs/00a_figures.ipynb #793c0d9f
 def nulls(
     ax,  # axes to draw on
     x, values,  # [K] places and values

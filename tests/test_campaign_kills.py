@@ -1,6 +1,7 @@
 "Two hundred kills at random moments, of runs and of studies: no bit differs, and no finished round is lost"
 import os, random, signal, subprocess, sys, time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 import pytest
 from killing import killed, posix, rounds_kept
@@ -8,7 +9,7 @@ from studying import MANY, complete_runs, digests, whole, written
 from rg_tickets.batches import Kept
 
 pytestmark = [pytest.mark.slow, posix, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the processes of a study")]
-RUNS, STUDIES = dict(imp=60, carried=30, oneshot=30, step=30), 50
+RUNS, STUDIES = dict(imp=70, carried=30, oneshot=30, step=30), 40
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -51,22 +52,30 @@ def moment(folder, started):
     return "while runs trained" if any(0 < a < b for a, b in far) else "after the last round" if any(b and a >= b for a, b in far) else "while notebooks started"
 
 
+def let_live(process, folder, started, kind, seconds):
+    "Wait for the moment at which something is to die: any, or one at which runs train; the exit status if the study ended before"
+    end = time.monotonic() + 600
+    while kind == "training" and process.poll() is None and moment(folder, started) != "while runs trained" and time.monotonic() < end: time.sleep(.05)
+    try: return process.wait(min(seconds, 2) if kind == "training" else seconds)
+    except subprocess.TimeoutExpired: return None
+
+
 def kept_in(folder): return {p.parent.name: rounds_kept(p.parent) for p in folder.glob("*/*/ticket.safetensors")}
 
 
 def test_studies(tmp_path, tell):
-    draw, seen, hit, path, ended, rounds, began = random.Random(0), Counter(), Counter(), written(MANY, tmp_path / "many.yaml"), 0, 0, time.monotonic()
+    study = replace(MANY, steps=tuple(replace(s, parameters=s.parameters | dict(epochs=120)) if s.parameters else s for s in MANY.steps))
+    draw, seen, hit, path, ended, rounds, began = random.Random(0), Counter(), Counter(), written(study, tmp_path / "many.yaml"), 0, 0, time.monotonic()
     process, folder = None, tmp_path / "alone"
     start = lambda: subprocess.Popen([sys.executable, "-c", "from rg_tickets.cli import main; main()", "study", str(path), "-f", str(folder), "-j", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     assert start().wait() == 0; want, length, folder = digests(folder), time.monotonic() - began, tmp_path / "0"
     def check():
         nonlocal ended, rounds, folder
-        whole(folder, MANY); assert digests(folder) == want
+        whole(folder, study); assert digests(folder) == want
         rounds += sum(kept_in(folder).values()); ended += 1; folder = tmp_path / str(ended)
     while sum(hit.values()) < STUDIES:
         if process is None: process, started = start(), time.time()
-        try: code = process.wait(draw.uniform(0, .35 * length))
-        except subprocess.TimeoutExpired: code = None
+        code = let_live(process, folder, started, draw.choice(["any", "training"]), draw.uniform(0, .35 * length))
         if code == 0: check()
         if code is None:
             kind = draw.choice(["everything", "the group", "the study", "a worker", "a worker", "a notebook", "a notebook"]); chosen = victims(kind, process)

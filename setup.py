@@ -1,4 +1,5 @@
 "Everything here is read from settings.ini, the one place for names, versions and requirements."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -33,7 +34,10 @@ setup(
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("embedded", "bert", "text", "dask", "lab", "dev")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("embedded", "bert", "text", "dask", "lab", "dev")
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

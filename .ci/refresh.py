@@ -2,6 +2,7 @@
 
 Cells marked `#| eval: false`, and cells marked `#| slow` or `#| cuda`, are left as they are, outputs included
 (`--force slow` runs those too). Figures are stored as PNG at 80 dpi with 256 colours, then the notebook is cleaned."""
+
 import argparse
 import base64
 import io
@@ -21,7 +22,8 @@ from PIL import Image
 def smaller(png):
     "A base64 PNG with a palette of 256 colours, half the size"
     image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-    if image.mode == "P": return png
+    if image.mode == "P":
+        return png
     image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
@@ -31,7 +33,8 @@ def shrink(nb):
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data: data["image/png"] = smaller("".join(data["image/png"]))
+            if "image/png" in data:
+                data["image/png"] = smaller("".join(data["image/png"]))
 
 
 def refresh(path, force=()):
@@ -40,27 +43,40 @@ def refresh(path, force=()):
     flags = set(get_config().tst_flags.split()) - set(force)
 
     def skip(cell):
-        if cell.cell_type != "code": return True
+        if cell.cell_type != "code":
+            return True
         directives = extract_directives(cell, remove=False)
-        return directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys())
+        return directives.get("eval:", [""])[0].lower() == "false" or bool(
+            flags & directives.keys()
+        )
 
     nb = read_nb(path)
     for cell in nb.cells:
-        if not skip(cell): cell.outputs = []  # a cell that prints nothing any more would keep what it printed before
+        if not skip(cell):
+            cell.outputs = []  # a cell that prints nothing any more would keep what it printed before
     sys.path.insert(0, str(get_config().config_path))
     with working_directory(path.parent):
         shell = CaptureShell(path, mpl_format="png")
-        shell.run_cell("import matplotlib as _m; _m.rcParams.update({'figure.dpi': 80, 'savefig.bbox': 'tight'}); del _m")
+        shell.run_cell(
+            "import matplotlib as _m; _m.rcParams.update({'figure.dpi': 80, 'savefig.bbox': 'tight'}); del _m"
+        )
         shell.run_all(nb, exc_stop=True, preproc=skip)
     shrink(nb)
     write_nb(nb, path)
-    process_write(warn_msg=f"could not clean {path}", proc_nb=lambda nb: clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=True), f_in=path)
+    process_write(
+        warn_msg=f"could not clean {path}",
+        proc_nb=lambda nb: clean_nb(nb, allowed_cell_metadata_keys=["tags"], clean_ids=True),
+        f_in=path,
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="+")
     parser.add_argument("--force", nargs="*", default=[], choices=["slow", "cuda"])
     args = parser.parse_args()
     os.environ["IN_TEST"] = "1"
-    for notebook in args.notebooks: refresh(notebook, args.force)
+    for notebook in args.notebooks:
+        refresh(notebook, args.force)

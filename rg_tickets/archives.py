@@ -24,114 +24,217 @@ from .tickets import Ticket, digest
 class ArchiveError(ValueError):
     "A run that cannot be read: nothing recognisable, a round missing, or rounds that do not belong together"
 
+
 class _Inert:
     "Stands in for anything a file asks for: it keeps its state and does nothing"
-    def __new__(cls, *args, **kwargs): return object.__new__(cls)
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): self.state = state
-    def __call__(self, *args, **kwargs): return self
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __call__(self, *args, **kwargs):
+        return self
+
     append = extend = add = __setitem__ = __call__
+
 
 class _Later:
     "A tensor that lies in the file and has not been read"
+
     __slots__ = "key", "dtype", "offset", "shape", "stride"
+
     def __init__(self, *values):
-        for k, v in zip(self.__slots__, values): setattr(self, k, v)
+        for k, v in zip(self.__slots__, values):
+            setattr(self, k, v)
+
 
 class _Call:
     "One of our own two functions, for one file: nothing a file does to it outlives the file"
+
     __slots__ = ("f",)
-    def __init__(self, f): self.f = f
-    def __call__(self, *args): return self.f(*args)
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, *args):
+        return self.f(*args)
 
 # %% ../nbs/34_archives.ipynb #1af5af78
-_DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64, "BoolStorage": torch.bool,
-           "ByteStorage": torch.uint8, "CharStorage": torch.int8, "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64}
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+}
+
 
 class _Reader(pickle.Unpickler):
     "Containers, numbers and text; tensors become `_Later`, all else `_Inert`"
+
     def __init__(self, file):
         super().__init__(file)
-        tensor, same = _Call(lambda storage, offset, shape, stride, *rest: _Later(*storage, offset, shape, stride)), _Call(lambda data, *rest: data)
-        self.known = {"_rebuild_tensor_v2": tensor, "_rebuild_tensor": tensor, "_rebuild_parameter": same, "_rebuild_parameter_with_state": same}
+        tensor, same = (
+            _Call(
+                lambda storage, offset, shape, stride, *rest: _Later(
+                    *storage, offset, shape, stride
+                )
+            ),
+            _Call(lambda data, *rest: data),
+        )
+        self.known = {
+            "_rebuild_tensor_v2": tensor,
+            "_rebuild_tensor": tensor,
+            "_rebuild_parameter": same,
+            "_rebuild_parameter_with_state": same,
+        }
         self.dtypes, self.inert = {}, type("_Inert", (_Inert,), {})  # a class for this file alone
 
     def find_class(self, module, name):
         "Never imports: one of our own, or a stand-in"
-        if (module, name) == ("collections", "OrderedDict"): return OrderedDict
-        if module in ("torch", "torch.cuda") and name in _DTYPES: return _DTYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch", "torch.cuda") and name in _DTYPES:
+            return _DTYPES[name]
         return self.known.get(name, self.inert) if module == "torch._utils" else self.inert
 
     def persistent_load(self, pid):
         "Where torch's own storages, and in old files the text of classes, come in"
-        if pid[0] != "storage": return self.inert
-        if not isinstance(pid[1], torch.dtype) or (len(pid) > 5 and pid[5] is not None): raise pickle.UnpicklingError("an unknown kind of storage")
+        if pid[0] != "storage":
+            return self.inert
+        if not isinstance(pid[1], torch.dtype) or (len(pid) > 5 and pid[5] is not None):
+            raise pickle.UnpicklingError("an unknown kind of storage")
         self.dtypes[pid[2]] = pid[1]
         return pid[2], pid[1]
 
 # %% ../nbs/34_archives.ipynb #4155d765
 class _File:
     "A file of torch.save, opened: `content`, and `tensor` to read what is wanted of it"
+
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file(): raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
-        try: self.content, self.bytes = (_zip if zipfile.is_zipfile(path) else _old)(self.path)
-        except (MemoryError, PermissionError, ArchiveError): raise
-        except Exception as e: raise self.damaged(e) from None  # a pickle that is no file of torch.save can fail in any way
+        if not self.path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        try:
+            self.content, self.bytes = (_zip if zipfile.is_zipfile(path) else _old)(self.path)
+        except (MemoryError, PermissionError, ArchiveError):
+            raise
+        except Exception as e:
+            raise self.damaged(
+                e
+            ) from None  # a pickle that is no file of torch.save can fail in any way
 
-    def damaged(self, e): return ArchiveError(f"{self.path} cannot be read as a file of torch.save ({type(e).__name__}: {str(e)[:80]}): it was cut short, damaged, or is another kind of file. Copy it again")
+    def damaged(self, e):
+        return ArchiveError(
+            f"{self.path} cannot be read as a file of torch.save ({type(e).__name__}: {str(e)[:80]}): it was cut short, damaged, or is another kind of file. Copy it again"
+        )
 
     def tensor(self, later):
         "Read one tensor"
         try:
             raw = bytearray(self.bytes(later.key))
-            flat = torch.frombuffer(raw, dtype=later.dtype) if raw else torch.empty(0, dtype=later.dtype)
-            if math.prod(later.shape) > len(flat): raise ValueError("a tensor is larger than its storage")
+            flat = (
+                torch.frombuffer(raw, dtype=later.dtype)
+                if raw
+                else torch.empty(0, dtype=later.dtype)
+            )
+            if math.prod(later.shape) > len(flat):
+                raise ValueError("a tensor is larger than its storage")
             return flat.as_strided(later.shape, later.stride, later.offset)
-        except (MemoryError, PermissionError): raise
-        except Exception as e: raise self.damaged(e) from None
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as e:
+            raise self.damaged(e) from None
+
 
 def _zip(path):
     "Content of the present format, and a function from a storage's key to its bytes"
     z = zipfile.ZipFile(path)
-    name = next(n for n in z.namelist() if n.endswith("/data.pkl")); root = name.removesuffix("data.pkl")
-    if any(o.compress_type != zipfile.ZIP_STORED for o in z.infolist()): raise ValueError("torch does not compress, this archive does")
-    if f"{root}byteorder" in z.namelist() and z.read(f"{root}byteorder") != b"little": raise ValueError("written on a big-endian machine")
-    return _Reader(BytesIO(z.read(name))).load(), lambda key: z.read(f"{root}data/{key}")  # compares checksums
+    name = next(n for n in z.namelist() if n.endswith("/data.pkl"))
+    root = name.removesuffix("data.pkl")
+    if any(o.compress_type != zipfile.ZIP_STORED for o in z.infolist()):
+        raise ValueError("torch does not compress, this archive does")
+    if f"{root}byteorder" in z.namelist() and z.read(f"{root}byteorder") != b"little":
+        raise ValueError("written on a big-endian machine")
+    return _Reader(BytesIO(z.read(name))).load(), lambda key: z.read(
+        f"{root}data/{key}"
+    )  # compares checksums
 
 # %% ../nbs/34_archives.ipynb #d4e52863
 def _old(path):
     "Content of the format before 2020, and a function from a storage's key to its bytes"
     f = path.open("rb")
-    if f.read(1) != b"\x80": raise ValueError("no pickle")
+    if f.read(1) != b"\x80":
+        raise ValueError("no pickle")
     f.seek(0)
-    if _Reader(f).load() != 0x1950a86a20f9469cfc6c: raise ValueError("a pickle, but not of torch")
-    for _ in range(2): _Reader(f).load()  # protocol, and facts on the machine
-    reader = _Reader(f); content, places, size = reader.load(), {}, path.stat().st_size
+    if _Reader(f).load() != 0x1950A86A20F9469CFC6C:
+        raise ValueError("a pickle, but not of torch")
+    for _ in range(2):
+        _Reader(f).load()  # protocol, and facts on the machine
+    reader = _Reader(f)
+    content, places, size = reader.load(), {}, path.stat().st_size
     for key in _Reader(f).load():
         n = int.from_bytes(f.read(8), "little") * reader.dtypes[key].itemsize
         places[key] = (f.tell(), n)
-        if f.tell() + n > size: raise ValueError("it ends in the middle of a tensor")
+        if f.tell() + n > size:
+            raise ValueError("it ends in the middle of a tensor")
         f.seek(n, 1)
-    def read(key): f.seek(places[key][0]); return f.read(places[key][1])
+
+    def read(key):
+        f.seek(places[key][0])
+        return f.read(places[key][1])
+
     return content, read
 
 # %% ../nbs/34_archives.ipynb #cb2ae201
-_INSIDE = "state_dict", "model_state_dict", "model", "backbone"  # where training scripts keep weights
+_INSIDE = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "backbone",
+)  # where training scripts keep weights
+
 
 def _walk(module, prefix="", seen=None):
     "name -> `_Later` of parameters and buffers below a pickled module; each module once"
     seen, state = set() if seen is None else seen, getattr(module, "state", None)
-    if not isinstance(state, dict) or id(module) in seen: return {}
-    seen.add(id(module)); parts = [state.get(k) if isinstance(state.get(k), dict) else {} for k in ("_parameters", "_buffers", "_modules")]
-    found = {f"{prefix}{k}": t for part in parts[:2] for k, t in part.items() if isinstance(t, _Later)}
-    for k, child in parts[2].items(): found |= _walk(child, f"{prefix}{k}.", seen)
+    if not isinstance(state, dict) or id(module) in seen:
+        return {}
+    seen.add(id(module))
+    parts = [
+        state.get(k) if isinstance(state.get(k), dict) else {}
+        for k in ("_parameters", "_buffers", "_modules")
+    ]
+    found = {
+        f"{prefix}{k}": t for part in parts[:2] for k, t in part.items() if isinstance(t, _Later)
+    }
+    for k, child in parts[2].items():
+        found |= _walk(child, f"{prefix}{k}.", seen)
     return found
+
 
 def _named(content):
     "name -> `_Later`, in a network, a state, or a checkpoint with either in it"
-    if isinstance(content, dict): content = next((content[k] for k in _INSIDE if isinstance(content.get(k), (dict, _Inert))), content)
-    return {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, _Later)} if isinstance(content, dict) else _walk(content)
+    if isinstance(content, dict):
+        content = next(
+            (content[k] for k in _INSIDE if isinstance(content.get(k), (dict, _Inert))), content
+        )
+    return (
+        {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, _Later)}
+        if isinstance(content, dict)
+        else _walk(content)
+    )
+
 
 def read_module(
     path,  # a file of torch.save: a whole pickled network, a checkpoint with one in it, or with a state_dict
@@ -139,70 +242,133 @@ def read_module(
 ) -> dict[str, torch.Tensor]:  # name -> CPU tensor; parameters and buffers
     "The tensors of any file of torch.save, pickled networks included; no code in it is run, and one without tensors is an ArchiveError"
     file = _File(path)
-    try: named = _named(file.content)
-    except Exception as e: raise file.damaged(e) from None
-    if not named: raise ArchiveError(f"{path} holds no tensors with names: neither a network nor a state_dict is in it")
+    try:
+        named = _named(file.content)
+    except Exception as e:
+        raise file.damaged(e) from None
+    if not named:
+        raise ArchiveError(
+            f"{path} holds no tensors with names: neither a network nor a state_dict is in it"
+        )
     return {k: file.tensor(t) for k, t in named.items() if want(k)}
 
 # %% ../nbs/34_archives.ipynb #f826adf3
 def _few(items, limit=3):
     "The first few of `items`, and how many more"
-    items = list(map(str, items)); return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    items = list(map(str, items))
+    return ", ".join(items[:limit]) + (
+        f" and {len(items) - limit} more" if len(items) > limit else ""
+    )
+
 
 def _checked(label, weights, masks, first):
     "(weights, bool masks) of a round, if they belong together and to the first round read, name -> shape"
-    lost, odd = [k for k in masks if k not in weights], [k for k, m in masks.items() if not ((m == 0) | (m == 1)).all()]
-    if not masks: raise ArchiveError(f"{label} holds no masks")
-    if lost: raise ArchiveError(f"{label}: there is a mask but no weight for {_few(lost)}: mask and weights are of different networks")
-    if odd: raise ArchiveError(f"{label}: the mask of {_few(odd)} holds other numbers than 0 and 1")
+    lost, odd = (
+        [k for k in masks if k not in weights],
+        [k for k, m in masks.items() if not ((m == 0) | (m == 1)).all()],
+    )
+    if not masks:
+        raise ArchiveError(f"{label} holds no masks")
+    if lost:
+        raise ArchiveError(
+            f"{label}: there is a mask but no weight for {_few(lost)}: mask and weights are of different networks"
+        )
+    if odd:
+        raise ArchiveError(f"{label}: the mask of {_few(odd)} holds other numbers than 0 and 1")
     shape = {k: tuple(m.shape) for k, m in masks.items()}
-    bad = [f"{k} ({tuple(weights[k].shape)} and its mask {s})" for k, s in shape.items() if tuple(weights[k].shape) != s]
-    if bad: raise ArchiveError(f"{label}: weight and mask have different shapes: {_few(bad)}")
-    bad = [f"{k} ({shape.get(k, 'absent')} here, {(first or shape).get(k, 'absent')} before)" for k in shape | (first or shape) if shape.get(k) != (first or shape).get(k)]
-    if bad: raise ArchiveError(f"{label} does not belong to the rounds before it: {_few(bad)}. Are two runs mixed in one folder?")
+    bad = [
+        f"{k} ({tuple(weights[k].shape)} and its mask {s})"
+        for k, s in shape.items()
+        if tuple(weights[k].shape) != s
+    ]
+    if bad:
+        raise ArchiveError(f"{label}: weight and mask have different shapes: {_few(bad)}")
+    bad = [
+        f"{k} ({shape.get(k, 'absent')} here, {(first or shape).get(k, 'absent')} before)"
+        for k in shape | (first or shape)
+        if shape.get(k) != (first or shape).get(k)
+    ]
+    if bad:
+        raise ArchiveError(
+            f"{label} does not belong to the rounds before it: {_few(bad)}. Are two runs mixed in one folder?"
+        )
     bad = [k for k, m in masks.items() if not weights[k][m.bool()].isfinite().all()]
     if bad:
-        raise ArchiveError(f"{label}: {_few(bad)} holds weights that are NaN or infinite: training diverged, or the file is damaged; leave this round and those after it out")
+        raise ArchiveError(
+            f"{label}: {_few(bad)} holds weights that are NaN or infinite: training diverged, or the file is damaged; leave this round and those after it out"
+        )
     return {k: weights[k] for k in masks}, {k: m.bool() for k, m in masks.items()}
+
 
 class _Rounds(Sequence):
     "Rounds (weights, masks) that are read when they are asked for"
-    def __init__(self, parts): self.parts, self.first, self.metrics = parts, None, {}
-    def __len__(self): return len(self.parts)
+
+    def __init__(self, parts):
+        self.parts, self.first, self.metrics = parts, None, {}
+
+    def __len__(self):
+        return len(self.parts)
+
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
-        label, read = self.parts[i]; weights, masks, *metrics = read()
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        label, read = self.parts[i]
+        weights, masks, *metrics = read()
         weights, masks = _checked(label, weights, masks, self.first)
-        self.first = self.first or {k: tuple(m.shape) for k, m in masks.items()}; self.metrics[i % len(self)] = metrics[0] if metrics else {}
+        self.first = self.first or {k: tuple(m.shape) for k, m in masks.items()}
+        self.metrics[i % len(self)] = metrics[0] if metrics else {}
         return weights, masks
 
 # %% ../nbs/34_archives.ipynb #75d164de
 @dataclass
 class Archive:
     "A run that was read from files: its rounds, and what is known of it"
+
     kind: str  # a name in `KINDS`
     rounds: Sequence  # of (weights, masks): name -> trained weights, name -> bool mask that was in force; read when asked for
     n: list  # how many prunings each round has behind it
     about: dict = field(default_factory=dict)  # task, model and path, as far as the files tell
     notes: list = field(default_factory=list)  # what a reader of the numbers should know
-    start: Callable | None = None  # gives the state to rewind to, name -> tensor, if the files hold it
+    start: Callable | None = (
+        None  # gives the state to rewind to, name -> tensor, if the files hold it
+    )
     after: Callable | None = None  # gives the mask made of the last round, if the files hold it
 
-    def __repr__(self): return f"Archive({self.kind}: {len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}" + "".join(f"; {o}" for o in self.notes) + ")"
+    def __repr__(self):
+        return (
+            f"Archive({self.kind}: {len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}"
+            + "".join(f"; {o}" for o in self.notes)
+            + ")"
+        )
+
 
 @patch_to(Archive)
 def measured(self) -> list:
     "What `23_imp` measures, of every round: a list of dicts; files are read one round at a time"
     rows = []
     for i, n in enumerate(self.n):
-        weights, masks = self.rounds[i]; tensors = measure(weights, masks)
+        weights, masks = self.rounds[i]
+        tensors = measure(weights, masks)
         alive, total = (sum(t[k] for t in tensors) for k in ("alive", "count"))
         if not alive:
-            raise ArchiveError(f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out")
+            raise ArchiveError(
+                f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out"
+            )
         scores = {"accuracy": math.nan} | self.rounds.metrics.get(i, {})
         threshold = min(t["smallest"] for t in tensors if t["alive"])
-        rows.append(dict(n=n, time=math.log(total / alive), density=alive / total, loss=math.nan, metrics=scores, threshold=threshold, tensors=tensors))
+        rows.append(
+            dict(
+                n=n,
+                time=math.log(total / alive),
+                density=alive / total,
+                loss=math.nan,
+                metrics=scores,
+                threshold=threshold,
+                tensors=tensors,
+            )
+        )
     return rows
+
 
 @patch_to(Archive)
 def flow(self, seed=0, **labels):
@@ -214,23 +380,39 @@ def flow(self, seed=0, **labels):
 def _bury(died, masks, n, where):
     "Write round `n` for those that are dead now and were not before; weights that came back are an error"
     back = {k: int((masks[k] & (d != ALIVE)).sum()) for k, d in died.items()}
-    if any(back.values()): raise ArchiveError(f"{where} cannot be a ticket: in round {n} {sum(back.values())} weights are alive that were dead before, first in {next(k for k in back if back[k])!r}. `audit` tells more")
-    for k, d in died.items(): d[~masks[k] & (d == ALIVE)] = n
+    if any(back.values()):
+        raise ArchiveError(
+            f"{where} cannot be a ticket: in round {n} {sum(back.values())} weights are alive that were dead before, first in {next(k for k in back if back[k])!r}. `audit` tells more"
+        )
+    for k, d in died.items():
+        d[~masks[k] & (d == ALIVE)] = n
+
 
 @patch_to(Archive)
 def ticket(self, start=None) -> Ticket:
     "The run as a `Ticket`; `start`: state to rewind to, name -> tensor, where the files do not hold it"
     where = self.about.get("path", "this run")
-    if start is None and self.start is None: raise ArchiveError(f"{where} does not hold the weights to rewind to: give them, start=read_weights('initial.pth')")
+    if start is None and self.start is None:
+        raise ArchiveError(
+            f"{where} does not hold the weights to rewind to: give them, start=read_weights('initial.pth')"
+        )
     state, died, rows = start if start is not None else self.start(), {}, self.measured()
     for n, (_, masks) in zip(self.n, self.rounds):
-        if not died: died = MaskHistory.dense(masks).died
+        if not died:
+            died = MaskHistory.dense(masks).died
         _bury(died, masks, n, where)
     last = self.after() if self.after else None
-    if last is not None and any(m.any() for m in last.values()): _bury(died, last, n := n + 1, where)
+    if last is not None and any(m.any() for m in last.values()):
+        _bury(died, last, n := n + 1, where)
     bad = [k for k, d in died.items() if k not in state or state[k].shape != d.shape]
-    if bad: raise ArchiveError(f"the weights to rewind to do not fit the masks of {where}: {_few(bad)}")
-    return Ticket(dict(state), MaskHistory(died, n), rows, dict(self.about, archive=self.kind, notes=self.notes))
+    if bad:
+        raise ArchiveError(f"the weights to rewind to do not fit the masks of {where}: {_few(bad)}")
+    return Ticket(
+        dict(state),
+        MaskHistory(died, n),
+        rows,
+        dict(self.about, archive=self.kind, notes=self.notes),
+    )
 
 # %% ../nbs/34_archives.ipynb #888241ac
 def _places(path, pattern):
@@ -238,80 +420,160 @@ def _places(path, pattern):
     found = {int(m[1]): p for p in path.iterdir() if (m := re.fullmatch(pattern, p.name))}
     return {n: found[n] for n in sorted(found)}
 
+
 def _gapless(found, where, what):
     "Refuse a sequence of rounds with a hole in it"
     lost = sorted(set(range(min(found), max(found) + 1)) - set(found))
     if lost:
-        raise ArchiveError(f"{where} has {what.format(min(found))} to {what.format(max(found))}, but {_few(map(what.format, lost))} is missing: copy it, or take away what comes after")
+        raise ArchiveError(
+            f"{where} has {what.format(min(found))} to {what.format(max(found))}, but {_few(map(what.format, lost))} is missing: copy it, or take away what comes after"
+        )
+
 
 def _one_below(path, pattern):
     "`path`, or the only folder below it, at most two down, in which names like `pattern` are"
     has = lambda p: any(o.is_dir() and re.fullmatch(pattern, o.name) for o in p.iterdir())
-    found = [p for p in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))) if p.is_dir() and has(p)]
-    if len(found) > 1: raise ArchiveError(f"{path} holds {len(found)} runs: name one of {_few([p.relative_to(path) for p in found], 5)}")
+    found = [
+        p
+        for p in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/")))
+        if p.is_dir() and has(p)
+    ]
+    if len(found) > 1:
+        raise ArchiveError(
+            f"{path} holds {len(found)} runs: name one of {_few([p.relative_to(path) for p in found], 5)}"
+        )
     return found[0] if found else None
+
 
 def _scores(path):
     "Last test accuracy and loss in a logger of open_lth"
-    last = {k: float(v) for k, _, v in (line.split(",") for line in path.read_text().splitlines() if line.count(",") == 2)} if path.is_file() else {}
-    return {new: last[old] for old, new in (("test_accuracy", "accuracy"), ("test_loss", "loss")) if old in last}
+    last = (
+        {
+            k: float(v)
+            for k, _, v in (
+                line.split(",") for line in path.read_text().splitlines() if line.count(",") == 2
+            )
+        }
+        if path.is_file()
+        else {}
+    )
+    return {
+        new: last[old]
+        for old, new in (("test_accuracy", "accuracy"), ("test_loss", "loss"))
+        if old in last
+    }
 
 # %% ../nbs/34_archives.ipynb #1501d641
 def _models(level):
     "Files of a level's weights from start to end; one with a suffix only if there is none without"
-    found = {(int(m[1]), int(m[2]), m[3]): p for p in level.iterdir() if (m := re.fullmatch(r"model_ep(\d+)_it(\d+)(.*)\.pth", p.name))}
+    found = {
+        (int(m[1]), int(m[2]), m[3]): p
+        for p in level.iterdir()
+        if (m := re.fullmatch(r"model_ep(\d+)_it(\d+)(.*)\.pth", p.name))
+    }
     kept = [k for k in found if not k[2]] or list(found)
     return [found[k] for k in sorted(kept)]
 
+
 def _mask_file(level):
     "The mask of a level, or None"
-    return next((p for p in [level / "mask.pth", *sorted(level.glob("mask*.pth"))] if p.is_file()), None)
+    return next(
+        (p for p in [level / "mask.pth", *sorted(level.glob("mask*.pth"))] if p.is_file()), None
+    )
+
 
 def _open_lth(path, after):
     "A run of open_lth or ElasticLTH, or None"
     root = _one_below(path, r"level_0")
-    if not root: return None
-    levels = {n: p / "main" for n, p in _places(root, r"level_(\d+)").items()}; _gapless(levels, root, "level_{}")
+    if not root:
+        return None
+    levels = {n: p / "main" for n, p in _places(root, r"level_(\d+)").items()}
+    _gapless(levels, root, "level_{}")
     for n, p in levels.items():
-        if not p.is_dir() or not _mask_file(p): raise ArchiveError(f"{p / 'mask.pth'} is missing: level {n} was not begun; copy it, or take the folder away")
-    trained = [n for n, p in levels.items() if len(_models(p)) > 1]; waiting = [n for n in levels if n not in trained]
-    if waiting and (waiting != [max(levels)] or not trained): raise ArchiveError(f"level {waiting[0]} of {root} has {len(_models(levels[waiting[0]]))} model_ep*_it*.pth of the 2 that are there after training, at start and end: it is not finished")
-    def read(n): return read_weights(_models(levels[n])[-1]), read_weights(_mask_file(levels[n])), _scores(levels[n] / "logger")
+        if not p.is_dir() or not _mask_file(p):
+            raise ArchiveError(
+                f"{p / 'mask.pth'} is missing: level {n} was not begun; copy it, or take the folder away"
+            )
+    trained = [n for n, p in levels.items() if len(_models(p)) > 1]
+    waiting = [n for n in levels if n not in trained]
+    if waiting and (waiting != [max(levels)] or not trained):
+        raise ArchiveError(
+            f"level {waiting[0]} of {root} has {len(_models(levels[waiting[0]]))} model_ep*_it*.pth of the 2 that are there after training, at start and end: it is not finished"
+        )
+
+    def read(n):
+        return (
+            read_weights(_models(levels[n])[-1]),
+            read_weights(_mask_file(levels[n])),
+            _scores(levels[n] / "logger"),
+        )
+
     parts = [(f"level {n} of {root}", lambda n=n: read(n)) for n in trained]
-    hparams = levels[0] / "hparams.log"; said = dict(re.findall(r"(\w+) => (\S+)", hparams.read_text())) if hparams.is_file() else {}
-    about = {"path": str(root)} | {new: said[old] for old, new in (("model_name", "model"), ("dataset_name", "task")) if old in said}
-    last = (lambda: {k: m.bool() for k, m in read_weights(_mask_file(levels[waiting[0]])).items()}) if waiting else None
-    notes = [f"level {n} has a mask and is not trained" for n in waiting] + ["levels of a pre-training are left out"] * (root / "level_pretrain").is_dir()
-    return Archive("open_lth", _Rounds(parts), trained, about, notes, lambda: read_weights(_models(levels[0])[0]), last)
+    hparams = levels[0] / "hparams.log"
+    said = dict(re.findall(r"(\w+) => (\S+)", hparams.read_text())) if hparams.is_file() else {}
+    about = {"path": str(root)} | {
+        new: said[old]
+        for old, new in (("model_name", "model"), ("dataset_name", "task"))
+        if old in said
+    }
+    last = (
+        (lambda: {k: m.bool() for k, m in read_weights(_mask_file(levels[waiting[0]])).items()})
+        if waiting
+        else None
+    )
+    notes = [f"level {n} has a mask and is not trained" for n in waiting] + [
+        "levels of a pre-training are left out"
+    ] * (root / "level_pretrain").is_dir()
+    return Archive(
+        "open_lth",
+        _Rounds(parts),
+        trained,
+        about,
+        notes,
+        lambda: read_weights(_models(levels[0])[0]),
+        last,
+    )
 
 # %% ../nbs/34_archives.ipynb #e6c9780d
-def _pruned(k): return k.endswith(("_orig", "_mask"))
+def _pruned(k):
+    return k.endswith(("_orig", "_mask"))
+
 
 def _own(tensors):
     "Names without the marks of parallel training and of MoCo"
     return _strip(tensors, ("backbone.", "weights/"))[0] if tensors else {}
+
 
 def _entry(path, key):
     "What a checkpoint holds under `key`, or None"
     content = _File(path).content
     return content.get(key) if isinstance(content, dict) else None
 
+
 def _state(path, names=None, inside=None):
     "(weights, masks) of a file with X_orig and X_mask; a file without them is dense in `names`"
     file = _File(path)
-    try: found = _own(_named(file.content[inside] if inside else file.content))
-    except (KeyError, TypeError, AttributeError) as e: raise file.damaged(e) from None
+    try:
+        found = _own(_named(file.content[inside] if inside else file.content))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise file.damaged(e) from None
     some = {k: file.tensor(t) for k, t in found.items() if _pruned(k) or k in (names or ())}
     masks = {k.removesuffix("_mask"): m for k, m in some.items() if k.endswith("_mask")}
-    if masks or not names: return (_multiply(some, path)[0] if some else {}), masks
+    if masks or not names:
+        return (_multiply(some, path)[0] if some else {}), masks
     lost = [k for k in names if k not in some]
-    if lost: raise ArchiveError(f"{path} has no {_few(lost)}, which later rounds prune")
+    if lost:
+        raise ArchiveError(f"{path} has no {_few(lost)}, which later rounds prune")
     return some, {k: torch.ones_like(t, dtype=torch.bool) for k, t in some.items()}
+
 
 def _prunable_in(paths):
     "Names of the tensors that the first pruned file has masks for"
     for p in paths:
-        if names := [k.removesuffix("_mask") for k in _own(_named(_File(p).content)) if k.endswith("_mask")]: return names
+        if names := [
+            k.removesuffix("_mask") for k in _own(_named(_File(p).content)) if k.endswith("_mask")
+        ]:
+            return names
     return []
 
 # %% ../nbs/34_archives.ipynb #0446217f
@@ -319,130 +581,295 @@ def _accuracy(path):
     "Accuracy of the last epoch in a downstream checkpoint, in [0, 1]"
     result = _entry(path, "result")
     last = result.get("test_ta") if isinstance(result, dict) else None
-    return {"accuracy": last[-1] / 100} if isinstance(last, list) and last and isinstance(last[-1], float) else {}
+    return (
+        {"accuracy": last[-1] / 100}
+        if isinstance(last, list) and last and isinstance(last[-1], float)
+        else {}
+    )
+
 
 def _cv_files(path):
     "(Which part of CV_LTH, round -> file), or None"
-    if files := _places(path, r"(\d+)checkpoint\.pth\.tar"): return "downstream", files
-    if files := _places(path, r"(\d+)model_best\.pth\.tar"): return "best epochs", files
+    if files := _places(path, r"(\d+)checkpoint\.pth\.tar"):
+        return "downstream", files
+    if files := _places(path, r"(\d+)model_best\.pth\.tar"):
+        return "best epochs", files
     if files := _places(path, r"model_pruned(\d+)\.pt"):
         last = max(_places(path, r"model_(\d+)\.pt").items(), default=(0, None))
         return "SimCLR", dict(enumerate([*files.values(), *[last[1]] * (last[0] > max(files))], 1))
-    if files := {(e + 1) // 10: p for e, p in _places(path, r"checkpoint_(\d{4})\.pth\.tar").items() if e % 10 == 9}: return "MoCo", files
+    if files := {
+        (e + 1) // 10: p
+        for e, p in _places(path, r"checkpoint_(\d{4})\.pth\.tar").items()
+        if e % 10 == 9
+    }:
+        return "MoCo", files
     return None
+
 
 def _cv_lth(path, after):
     "A run of CV_LTH_Pre-training, or None"
     part, files = _cv_files(path) or (None, None)
-    if not part: return None
-    _gapless(files, path, "round {}"); names = _prunable_in(files.values())
-    if not names: raise ArchiveError(f"no file of {path} holds X_orig and X_mask: nothing was pruned in it, or only its dense round is here")
-    parts = {n: (str(p), lambda p=p: (*_state(p, names), _accuracy(p) if part == "downstream" else {})) for n, p in files.items()}
-    first = next(iter(files.values())); held = _entry(first, "init_weight")
+    if not part:
+        return None
+    _gapless(files, path, "round {}")
+    names = _prunable_in(files.values())
+    if not names:
+        raise ArchiveError(
+            f"no file of {path} holds X_orig and X_mask: nothing was pruned in it, or only its dense round is here"
+        )
+    parts = {
+        n: (str(p), lambda p=p: (*_state(p, names), _accuracy(p) if part == "downstream" else {}))
+        for n, p in files.items()
+    }
+    first = next(iter(files.values()))
+    held = _entry(first, "init_weight")
     if part == "best epochs" and 1 in files and 0 not in files and held:
-        parts = {0: (f"init_weight in {first}", lambda: _state(first, names, "init_weight"))} | parts
-    notes = {"best epochs": ["weights of the best epoch, not always those that were ranked"] + ["round 0 is init_weight: state 0 is not trained"] * (0 in parts and 0 not in files)}.get(part, [])
-    def start(): file = _File(first); return {k: file.tensor(t) for k, t in _own({k: t for k, t in file.content["init_weight"].items() if isinstance(t, _Later)}).items()}
-    return Archive("cv_lth", _Rounds(list(parts.values())), list(parts), {"path": str(path), "part": part}, notes, start if isinstance(held, dict) else None)
+        parts = {
+            0: (f"init_weight in {first}", lambda: _state(first, names, "init_weight"))
+        } | parts
+    notes = {
+        "best epochs": ["weights of the best epoch, not always those that were ranked"]
+        + ["round 0 is init_weight: state 0 is not trained"] * (0 in parts and 0 not in files)
+    }.get(part, [])
+
+    def start():
+        file = _File(first)
+        return {
+            k: file.tensor(t)
+            for k, t in _own(
+                {k: t for k, t in file.content["init_weight"].items() if isinstance(t, _Later)}
+            ).items()
+        }
+
+    return Archive(
+        "cv_lth",
+        _Rounds(list(parts.values())),
+        list(parts),
+        {"path": str(path), "part": part},
+        notes,
+        start if isinstance(held, dict) else None,
+    )
 
 # %% ../nbs/34_archives.ipynb #25206af7
 def _bert_mask(folder):
     "The mask that a checkpoint made, name of weight -> bool, or None"
-    if not (folder / "mask.pt").is_file(): return None
+    if not (folder / "mask.pt").is_file():
+        return None
     return {k.removesuffix("_mask"): m.bool() for k, m in read_weights(folder / "mask.pt").items()}
+
 
 def _bert_round(model, before, names):
     "(weights, masks in force) of a checkpoint, by its own account and by that of the one before"
     weights, masks = _state(model, names) if model.suffix == ".pt" else (read_weights(model), None)
     made = _bert_mask(before) if before else None
-    if masks is None: masks = made or {k: torch.ones_like(weights[k], dtype=torch.bool) for k in names}
+    if masks is None:
+        masks = made or {k: torch.ones_like(weights[k], dtype=torch.bool) for k in names}
     elif made and not all(k in masks and torch.equal(masks[k].bool(), m) for k, m in made.items()):
-        raise ArchiveError(f"the mask in {model} is not the one that {before.name}/mask.pt says was in force: a checkpoint is missing between them, or two runs are mixed")
+        raise ArchiveError(
+            f"the mask in {model} is not the one that {before.name}/mask.pt says was in force: a checkpoint is missing between them, or two runs are mixed"
+        )
     return weights, masks
+
 
 def _bert_tickets(path, after):
     "A run of BERT-Tickets, or None"
     folders = list(_places(path, r"checkpoint-(\d+)").values())
-    model = {p: next((p / o for o in ("model.pt", "model.safetensors") if (p / o).is_file()), None) for p in folders}
-    if not any(model.values()): return None
+    model = {
+        p: next((p / o for o in ("model.pt", "model.safetensors") if (p / o).is_file()), None)
+        for p in folders
+    }
+    if not any(model.values()):
+        return None
     for p in folders:
-        if not model[p]: raise ArchiveError(f"{p} has no model.pt: copy it, or take the checkpoints from here on away")
+        if not model[p]:
+            raise ArchiveError(
+                f"{p} has no model.pt: copy it, or take the checkpoints from here on away"
+            )
     last = lambda: _bert_mask(folders[-1])
-    names = next((list(m) for p in folders if (m := _bert_mask(p))), None) or _prunable_in(o for o in model.values() if o.suffix == ".pt")
-    if not names: raise ArchiveError(f"{path}: no checkpoint holds a mask, in mask.pt or in model.pt")
-    parts = [(str(p), lambda p=p, b=b: _bert_round(model[p], b, names)) for b, p in zip([None, *folders], folders)]
+    names = next((list(m) for p in folders if (m := _bert_mask(p))), None) or _prunable_in(
+        o for o in model.values() if o.suffix == ".pt"
+    )
+    if not names:
+        raise ArchiveError(f"{path}: no checkpoint holds a mask, in mask.pt or in model.pt")
+    parts = [
+        (str(p), lambda p=p, b=b: _bert_round(model[p], b, names))
+        for b, p in zip([None, *folders], folders)
+    ]
     begun = model[folders[0]].suffix == ".pt" and bool(_prunable_in([model[folders[0]]]))
-    notes = ["pruned before it was trained: no round 0"] * begun + ["no accuracies: result.pt is not read"]
-    return Archive("bert_tickets", _Rounds(parts), list(range(begun, begun + len(parts))), {"path": str(path), "model": "bert"}, notes, None, last)
+    notes = ["pruned before it was trained: no round 0"] * begun + [
+        "no accuracies: result.pt is not read"
+    ]
+    return Archive(
+        "bert_tickets",
+        _Rounds(parts),
+        list(range(begun, begun + len(parts))),
+        {"path": str(path), "model": "bert"},
+        notes,
+        None,
+        last,
+    )
 
 # %% ../nbs/34_archives.ipynb #37506ca1
 _ENDINGS = ".pt", ".pth", ".ckpt", ".tar", ".bin"
 
-def _numbers(name): return [int(o) for o in re.findall(r"\d+", name)]
+
+def _numbers(name):
+    return [int(o) for o in re.findall(r"\d+", name)]
+
 
 def _zeros(path, names=None):
     "(weights, masks) of a file in which pruned weights are zeros"
-    weights = {k: t for k, t in _own(read_module(path, lambda k: k.endswith("weight"))).items() if t.dim() > 1 and (names is None or k in names)}
+    weights = {
+        k: t
+        for k, t in _own(read_module(path, lambda k: k.endswith("weight"))).items()
+        if t.dim() > 1 and (names is None or k in names)
+    }
     return weights, {k: t != 0 for k, t in weights.items()}
+
 
 def _factors(path, names):
     "(weights before the last mask, masks) of a file with X_orig and X_mask"
     weights, masks = _state(path, names)
-    return weights | {k.removesuffix("_orig"): t for k, t in _own(read_module(path, lambda k: k.endswith("_orig"))).items()}, masks
+    return weights | {
+        k.removesuffix("_orig"): t
+        for k, t in _own(read_module(path, lambda k: k.endswith("_orig"))).items()
+    }, masks
+
 
 def _torch_prune(path, after):
     "A folder of checkpoints with X_orig and X_mask, or with zeros, or None"
-    files = sorted((p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file()), key=lambda p: (_numbers(p.name), p.name))
-    if not files: return None
-    names = _prunable_in(files); zeros = not names
-    if zeros: names = [k for k, m in _zeros(files[-1])[1].items() if not m.all()]
-    if not names: return None
-    if zeros and after: raise ArchiveError(f"the files of {path} have zeros and no masks: what was removed last is lost, and after=True cannot be honoured")
+    files = sorted(
+        (p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file()),
+        key=lambda p: (_numbers(p.name), p.name),
+    )
+    if not files:
+        return None
+    names = _prunable_in(files)
+    zeros = not names
+    if zeros:
+        names = [k for k, m in _zeros(files[-1])[1].items() if not m.all()]
+    if not names:
+        return None
+    if zeros and after:
+        raise ArchiveError(
+            f"the files of {path} have zeros and no masks: what was removed last is lost, and after=True cannot be honoured"
+        )
     read = (lambda p: _zeros(p, names)) if zeros else (lambda p: _state(p, names))
-    seen = [digest({k: m.bool() for k, m in read(p)[1].items()}) for p in files]  # of a mask only its digest is kept
+    seen = [
+        digest({k: m.bool() for k, m in read(p)[1].items()}) for p in files
+    ]  # of a mask only its digest is kept
     ends = [p for p, a, b in zip(files, seen, [*seen[1:], None]) if a != b]
-    notes = ["masks are the zeros of the weights"] * zeros + [f"{len(files) - len(ends)} files have the mask of the file after them and are left out"] * (len(ends) < len(files))
+    notes = ["masks are the zeros of the weights"] * zeros + [
+        f"{len(files) - len(ends)} files have the mask of the file after them and are left out"
+    ] * (len(ends) < len(files))
     dense = all(m.all() for m in read(files[0])[1].values())
-    rounds = _Rounds([(str(p), lambda p=p: read(p)) for p in ends]); n = list(range(not dense, len(ends) + (not dense)))
-    return _shift(Archive("torch_prune", rounds, n, {"path": str(path)}, notes), after, lambda i: _factors(ends[i], names))
+    rounds = _Rounds([(str(p), lambda p=p: read(p)) for p in ends])
+    n = list(range(not dense, len(ends) + (not dense)))
+    return _shift(
+        Archive("torch_prune", rounds, n, {"path": str(path)}, notes),
+        after,
+        lambda i: _factors(ends[i], names),
+    )
 
 # %% ../nbs/34_archives.ipynb #550a362f
 def _shift(archive, after, whole):
     "The archive if its files were written after pruning: weights of file i in the mask of file i - 1; `whole(i)` gives weights not yet masked"
-    if not after: return archive
+    if not after:
+        return archive
+
     def read(i):
-        weights, masks = whole(i); before = archive.rounds[i - 1][1] if i else {k: torch.ones_like(m, dtype=torch.bool) for k, m in masks.items()}
+        weights, masks = whole(i)
+        before = (
+            archive.rounds[i - 1][1]
+            if i
+            else {k: torch.ones_like(m, dtype=torch.bool) for k, m in masks.items()}
+        )
         return {k: weights[k] * before[k] if k in before else weights[k] for k in weights}, before
+
     parts = [(label, lambda i=i: read(i)) for i, (label, _) in enumerate(archive.rounds.parts)]
-    notes = archive.notes + ["files were written after pruning: the mask in force is that of the file before"]
-    return Archive(archive.kind, _Rounds(parts), list(range(len(parts))), archive.about, notes, archive.start, lambda: archive.rounds[-1][1])
+    notes = archive.notes + [
+        "files were written after pruning: the mask in force is that of the file before"
+    ]
+    return Archive(
+        archive.kind,
+        _Rounds(parts),
+        list(range(len(parts))),
+        archive.about,
+        notes,
+        archive.start,
+        lambda: archive.rounds[-1][1],
+    )
+
 
 def _pair(path, start):
     "The file called `start`... in a folder, or beside others of the same number"
-    return {tuple(_numbers(p.stem)): p for p in path.iterdir() if p.is_file() and p.name.lower().startswith(start) and p.suffix in (*_ENDINGS, ".safetensors")}
+    return {
+        tuple(_numbers(p.stem)): p
+        for p in path.iterdir()
+        if p.is_file()
+        and p.name.lower().startswith(start)
+        and p.suffix in (*_ENDINGS, ".safetensors")
+    }
+
 
 def _pairs(path, after):
     "A folder of (weights, mask) pairs in round order, or None"
-    folders = [p for p in path.iterdir() if p.is_dir() and _numbers(p.name) and _pair(p, "weights") and _pair(p, "mask")]
-    weights, masks = ({tuple(_numbers(p.name)): next(iter(_pair(p, o).values())) for p in folders} or _pair(path, o) for o in ("weights", "mask"))
-    if not weights or not masks: return None
+    folders = [
+        p
+        for p in path.iterdir()
+        if p.is_dir() and _numbers(p.name) and _pair(p, "weights") and _pair(p, "mask")
+    ]
+    weights, masks = (
+        {tuple(_numbers(p.name)): next(iter(_pair(p, o).values())) for p in folders}
+        or _pair(path, o)
+        for o in ("weights", "mask")
+    )
+    if not weights or not masks:
+        return None
     if lone := sorted(set(weights) ^ set(masks)):
-        raise ArchiveError(f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is a file of weights and a file of masks with the same number")
+        raise ArchiveError(
+            f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is a file of weights and a file of masks with the same number"
+        )
     order = sorted(weights)
-    if all(len(k) == 1 for k in order): _gapless([k[0] for k in order], path, "round {}")
-    def read(k): return read_weights(weights[k]), {n.removesuffix("_mask"): m for n, m in read_weights(masks[k]).items()}
+    if all(len(k) == 1 for k in order):
+        _gapless([k[0] for k in order], path, "round {}")
+
+    def read(k):
+        return read_weights(weights[k]), {
+            n.removesuffix("_mask"): m for n, m in read_weights(masks[k]).items()
+        }
+
     parts = [(f"{weights[k]} and {masks[k].name}", lambda k=k: read(k)) for k in order]
     first = order[0][0] if len(order[0]) == 1 else 0
-    return _shift(Archive("pairs", _Rounds(parts), list(range(first, first + len(parts))), {"path": str(path)}), after, lambda i: read(order[i]))
+    return _shift(
+        Archive(
+            "pairs", _Rounds(parts), list(range(first, first + len(parts))), {"path": str(path)}
+        ),
+        after,
+        lambda i: read(order[i]),
+    )
 
 # %% ../nbs/34_archives.ipynb #f3c1a06f
 KINDS = {  # name -> (reader, what it looks for)
-    "open_lth": (_open_lth, "level_<n>/main/ with mask.pth and model_ep<e>_it<i>.pth (open_lth, ElasticLTH)"),
+    "open_lth": (
+        _open_lth,
+        "level_<n>/main/ with mask.pth and model_ep<e>_it<i>.pth (open_lth, ElasticLTH)",
+    ),
     "bert_tickets": (_bert_tickets, "checkpoint-<step>/ with model.pt and mask.pt (BERT-Tickets)"),
-    "cv_lth": (_cv_lth, "<s>checkpoint.pth.tar, <s>model_best.pth.tar, model_pruned<e>.pt or checkpoint_<eee9>.pth.tar (CV_LTH)"),
-    "pairs": (_pairs, "weights_<n> and mask_<n> with the ending .pt, .pth or .safetensors, or folders <n> with weights and mask"),
-    "torch_prune": (_torch_prune, "checkpoints with X_orig and X_mask, or with zeros, in the order of their names (torch.nn.utils.prune, Lightning)"),
+    "cv_lth": (
+        _cv_lth,
+        "<s>checkpoint.pth.tar, <s>model_best.pth.tar, model_pruned<e>.pt or checkpoint_<eee9>.pth.tar (CV_LTH)",
+    ),
+    "pairs": (
+        _pairs,
+        "weights_<n> and mask_<n> with the ending .pt, .pth or .safetensors, or folders <n> with weights and mask",
+    ),
+    "torch_prune": (
+        _torch_prune,
+        "checkpoints with X_orig and X_mask, or with zeros, in the order of their names (torch.nn.utils.prune, Lightning)",
+    ),
 }
+
 
 def read_run(
     path,  # folder of a run that another program made
@@ -451,11 +878,18 @@ def read_run(
 ) -> Archive:  # rounds are read when they are asked for
     "Open the run in a folder; a missing folder is a FileNotFoundError, one with nothing recognisable or a round missing an ArchiveError"
     path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(errno.ENOENT, "no folder of a run here", str(path))
+    if not path.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no folder of a run here", str(path))
     if after and kind not in ("auto", "pairs", "torch_prune"):
-        raise ArchiveError(f"after=True is for the kinds pairs and torch_prune; the order of {kind} is known")
+        raise ArchiveError(
+            f"after=True is for the kinds pairs and torch_prune; the order of {kind} is known"
+        )
     kinds = KINDS if kind == "auto" else {kind: lookup(kind, KINDS, "kind of run")}
     for reader, _ in kinds.values():
-        if archive := reader(path, after): return archive
+        if archive := reader(path, after):
+            return archive
     there = _few(sorted(p.name for p in path.iterdir()), 5) or "nothing"
-    raise ArchiveError(f"no run is recognised in {path}, which holds {there}. Looked for:" + "".join(f"\n  {k}: {what}" for k, (_, what) in kinds.items()))
+    raise ArchiveError(
+        f"no run is recognised in {path}, which holds {there}. Looked for:"
+        + "".join(f"\n  {k}: {what}" for k, (_, what) in kinds.items())
+    )

@@ -19,125 +19,233 @@ def overlap(
 ) -> tuple:  # (fraction of the removed that are among the smallest, what chance would give); nan if none was removed
     "How well a ranking explains a removal"
     k = int(gone.sum())
-    if not k: return math.nan, math.nan
+    if not k:
+        return math.nan, math.nan
     small = score <= score.kthvalue(k).values
     return (small & gone).sum().item() / k, small.sum().item() / len(score)
 
 # %% ../nbs/34a_audit.ipynb #6bfb174b
 RANKINGS = {  # column -> in words
-    "trained": "by the trained weights", "layer": "by the trained weights, each tensor by itself", "signed": "by the trained weights with their sign",
-    "stale": "by the trained weights of one round earlier", "initial": "by the initial weights: a one-shot look-alike"}
+    "trained": "by the trained weights",
+    "layer": "by the trained weights, each tensor by itself",
+    "signed": "by the trained weights with their sign",
+    "stale": "by the trained weights of one round earlier",
+    "initial": "by the initial weights: a one-shot look-alike",
+}
+
 
 def _flat(tensors, masks):
     "The entries of `tensors` where `masks` are true, in one piece"
     return torch.cat([tensors[k][m].float() for k, m in masks.items()])
 
+
 def _by_layer(weights, alive, gone):
     "Overlap with each tensor's own ranking, over all tensors"
-    parts = [(overlap(weights[k][m].float().abs(), gone[k][m]), int(gone[k][m].sum())) for k, m in alive.items()]
+    parts = [
+        (overlap(weights[k][m].float().abs(), gone[k][m]), int(gone[k][m].sum()))
+        for k, m in alive.items()
+    ]
     total = sum(n for _, n in parts)
     return sum(o * n for (o, _), n in parts if n) / total if total else math.nan
+
 
 def _ranked(alive, gone, weights, stale, initial):
     "Overlap of the removed with the smallest of each ranking, and with chance; nan where a ranking is not known"
     out, size = _flat(gone, alive).bool(), lambda t: _flat(t, alive).abs() if t else None
-    scores = {"trained": size(weights), "signed": _flat(weights, alive), "stale": size(stale), "initial": size(initial)}
-    found = {k: overlap(s, out) if s is not None else (math.nan, math.nan) for k, s in scores.items()}
-    rank = {k: o for k, (o, _) in found.items()} | {"layer": _by_layer(weights, alive, gone), "chance": found["trained"][1]}
+    scores = {
+        "trained": size(weights),
+        "signed": _flat(weights, alive),
+        "stale": size(stale),
+        "initial": size(initial),
+    }
+    found = {
+        k: overlap(s, out) if s is not None else (math.nan, math.nan) for k, s in scores.items()
+    }
+    rank = {k: o for k, (o, _) in found.items()} | {
+        "layer": _by_layer(weights, alive, gone),
+        "chance": found["trained"][1],
+    }
     return {k: rank[k] for k in (*RANKINGS, "chance")}
 
 # %% ../nbs/34a_audit.ipynb #80300818
-EXACT, CLOSE = .999, .5  # an overlap that is all; what of the way from chance to all counts as close
+EXACT, CLOSE = (
+    0.999,
+    0.5,
+)  # an overlap that is all; what of the way from chance to all counts as close
+
 
 def _ranking(row):
     "Which ranking made a mask, in words"
     known = {k: row[k] for k in RANKINGS if not math.isnan(row[k])}
     exact = [k for k, o in known.items() if o >= EXACT]
-    if "initial" in exact and "trained" in exact: return "ranked by trained and initial weights alike: they cannot be told apart"
-    if exact: return f"ranked {RANKINGS[exact[0]]}"
+    if "initial" in exact and "trained" in exact:
+        return "ranked by trained and initial weights alike: they cannot be told apart"
+    if exact:
+        return f"ranked {RANKINGS[exact[0]]}"
     best = max(known, key=known.get)
     explained = (known[best] - row["chance"]) / max(1 - row["chance"], 1e-9)
-    if explained >= CLOSE: return f"closest to ranked {RANKINGS[best]}, but for {1 - known[best]:.1%}"
+    if explained >= CLOSE:
+        return f"closest to ranked {RANKINGS[best]}, but for {1 - known[best]:.1%}"
     return f"ranked by none of these: best {known[best]:.2f} ({best}), chance {row['chance']:.2f}"
 
 # %% ../nbs/34a_audit.ipynb #9a046236
 def _counted(removed, alive, total, schedule, below, tied):
     "The count of a round against its schedule, in words; `below` of the removed are smaller than the largest of them, `tied` as large"
-    want, asked = schedule.remove(alive, total), schedule.rate * (alive if schedule.rule == "geometric" else total)
+    want, asked = (
+        schedule.remove(alive, total),
+        schedule.rate * (alive if schedule.rule == "geometric" else total),
+    )
     up = math.ceil(round(asked, 6))
-    if removed == want: return "count as scheduled"
-    if removed == up + 1: return "count is open_lth's n + 1"
-    if removed > up and tied > 1 and below <= up: return f"{removed - want} more than scheduled, all ties at the threshold"
-    if abs(removed - want) == 1: return "count as scheduled, but for rounding"
+    if removed == want:
+        return "count as scheduled"
+    if removed == up + 1:
+        return "count is open_lth's n + 1"
+    if removed > up and tied > 1 and below <= up:
+        return f"{removed - want} more than scheduled, all ties at the threshold"
+    if abs(removed - want) == 1:
+        return "count as scheduled, but for rounding"
     return f"{abs(removed - want)} {'more' if removed > want else 'fewer'} removed than the {want} scheduled"
+
 
 def _guess(alive, total):
     "The schedule that explains the counts alive best: geometric or arithmetic, at the rate of the first pruning"
     steps = [(a, a - b) for a, b in zip(alive, alive[1:]) if a > b]
-    if not steps: return None
-    a, gone = steps[0]; rates = {"geometric": gone / a, "arithmetic": gone / total}
-    tries = [Schedule(round(rate, 3), rule) for rule, rate in rates.items() if 5e-4 < rate < .9995]
-    return min(tries, key=lambda s: sum(abs(gone - s.remove(a, total)) for a, gone in steps), default=None)
+    if not steps:
+        return None
+    a, gone = steps[0]
+    rates = {"geometric": gone / a, "arithmetic": gone / total}
+    tries = [Schedule(round(rate, 3), rule) for rule, rate in rates.items() if 5e-4 < rate < 0.9995]
+    return min(
+        tries, key=lambda s: sum(abs(gone - s.remove(a, total)) for a, gone in steps), default=None
+    )
 
 # %% ../nbs/34a_audit.ipynb #7c1b4baf
 def _first(weights, masks, initial):
     "What can be said of a single round"
     alive = sum(int(m.sum()) for m in masks.values())
     dead = sum(int((weights[k][~m] != 0).sum()) for k, m in masks.items())
-    moved = (_flat(weights, masks) != _flat(initial, masks)).float().mean().item() if initial else math.nan
-    return dict(alive=alive, density=alive / sum(m.numel() for m in masks.values()), not_zero=dead, moved=moved)
+    moved = (
+        (_flat(weights, masks) != _flat(initial, masks)).float().mean().item()
+        if initial
+        else math.nan
+    )
+    return dict(
+        alive=alive,
+        density=alive / sum(m.numel() for m in masks.values()),
+        not_zero=dead,
+        moved=moved,
+    )
+
 
 def _pruning(masks, last, stale, initial):
     "What can be said of the pruning that led from the last round, (weights, masks), to these masks"
     weights, before = last
     back = sum(int((m & ~before[k]).sum()) for k, m in masks.items())
     gone = {k: before[k] & ~m for k, m in masks.items()}
-    size = _flat(weights, gone).abs(); tied = int((size == size.max()).sum()) if len(size) else 0
-    return dict(removed=len(size), back=back, tied=tied) | _ranked(before, gone, weights, stale, initial)
+    size = _flat(weights, gone).abs()
+    tied = int((size == size.max()).sum()) if len(size) else 0
+    return dict(removed=len(size), back=back, tied=tied) | _ranked(
+        before, gone, weights, stale, initial
+    )
+
 
 def _verdict(row, before, total, schedule):
     "All that is said of a round, in words"
     parts = []
-    if row.get("back"): parts.append(f"NOT NESTED: {row['back']} weights are alive that were dead")
-    if row["not_zero"]: parts.append(f"MASK NOT IN FORCE: {row['not_zero']} weights under dead masks are not zero")
-    if row["moved"] == 0: parts.append("NOT TRAINED: the weights are the initial ones")
-    if "removed" not in row: return "; ".join(parts + ["dense" if row["density"] == 1 else f"begins at density {row['density']:.3f}"])
-    if not row["removed"]: return "; ".join(parts + ["NOTHING REMOVED"])
-    count = _counted(row["removed"], before, total, schedule, row["removed"] - row["tied"], row["tied"]) if schedule else "no schedule known"
-    rank = _ranking(row); honest = rank.endswith(("ranked by the trained weights", "told apart"))
-    return "; ".join(parts + [count.upper() if "removed than" in count else count, rank if honest else rank.replace("ranked", "RANKED", 1)])
+    if row.get("back"):
+        parts.append(f"NOT NESTED: {row['back']} weights are alive that were dead")
+    if row["not_zero"]:
+        parts.append(f"MASK NOT IN FORCE: {row['not_zero']} weights under dead masks are not zero")
+    if row["moved"] == 0:
+        parts.append("NOT TRAINED: the weights are the initial ones")
+    if "removed" not in row:
+        return "; ".join(
+            parts + ["dense" if row["density"] == 1 else f"begins at density {row['density']:.3f}"]
+        )
+    if not row["removed"]:
+        return "; ".join(parts + ["NOTHING REMOVED"])
+    count = (
+        _counted(row["removed"], before, total, schedule, row["removed"] - row["tied"], row["tied"])
+        if schedule
+        else "no schedule known"
+    )
+    rank = _ranking(row)
+    honest = rank.endswith(("ranked by the trained weights", "told apart"))
+    return "; ".join(
+        parts
+        + [
+            count.upper() if "removed than" in count else count,
+            rank if honest else rank.replace("ranked", "RANKED", 1),
+        ]
+    )
 
 # %% ../nbs/34a_audit.ipynb #97bad6db
 @torch.no_grad()
 def audit(
     run,  # an Archive, or a list of (weights, masks) in round order: name -> trained weights, name -> bool mask that was in force
-    initial: dict | None = None,  # name -> the weights before training; by default those the archive rewinds to, where it holds them
-    schedule: Schedule | None = None,  # what the counts should be; by default the best of geometric and arithmetic at the rate of the first pruning
+    initial: dict  # name -> the weights before training; by default those the archive rewinds to, where it holds them
+    | None = None,  # name -> the weights before training; by default those the archive rewinds to, where it holds them
+    schedule: Schedule  # what the counts should be; by default the best of geometric and arithmetic at the rate of the first pruning
+    | None = None,  # what the counts should be; by default the best of geometric and arithmetic at the rate of the first pruning
 ) -> pd.DataFrame:  # a row per round: n, alive, density, removed, back, not_zero, moved, one overlap per ranking, chance, verdict
     "Whether masks are nested, counted, in force, and ranked as they are said to be; rounds are read one at a time"
-    if initial is None and isinstance(run, Archive) and run.start: initial = run.start()
+    if initial is None and isinstance(run, Archive) and run.start:
+        initial = run.start()
     rounds, numbers = (run.rounds, run.n) if isinstance(run, Archive) else (run, range(len(run)))
-    if not len(rounds): raise ArchiveError("there is no round to audit: give at least one pair (weights, masks)")
+    if not len(rounds):
+        raise ArchiveError("there is no round to audit: give at least one pair (weights, masks)")
     rows, last, stale = [], None, None
     for n, (weights, masks) in zip(numbers, rounds):
-        masks = {k: m.bool() for k, m in masks.items()}; _comparable(n, weights, masks, last, initial)
+        masks = {k: m.bool() for k, m in masks.items()}
+        _comparable(n, weights, masks, last, initial)
         row = dict(n=n) | _first(weights, masks, initial)
-        if last: row |= _pruning(masks, last, stale, initial)
-        rows.append(row); stale, last = last and last[0], (weights, masks)
-    total = sum(m.numel() for m in masks.values()); alive = [r["alive"] for r in rows]; schedule = schedule or _guess(alive, total)
-    for row, before in zip(rows, [None, *alive]): row["verdict"] = _verdict(row, before, total, schedule)
-    columns = ["n", "alive", "density", "removed", "back", "not_zero", "moved", *RANKINGS, "chance", "verdict"]
-    table = pd.DataFrame(rows).reindex(columns=columns).astype({"removed": "Int64", "back": "Int64"}); table.attrs["schedule"] = str(schedule)
+        if last:
+            row |= _pruning(masks, last, stale, initial)
+        rows.append(row)
+        stale, last = last and last[0], (weights, masks)
+    total = sum(m.numel() for m in masks.values())
+    alive = [r["alive"] for r in rows]
+    schedule = schedule or _guess(alive, total)
+    for row, before in zip(rows, [None, *alive]):
+        row["verdict"] = _verdict(row, before, total, schedule)
+    columns = [
+        "n",
+        "alive",
+        "density",
+        "removed",
+        "back",
+        "not_zero",
+        "moved",
+        *RANKINGS,
+        "chance",
+        "verdict",
+    ]
+    table = (
+        pd.DataFrame(rows).reindex(columns=columns).astype({"removed": "Int64", "back": "Int64"})
+    )
+    table.attrs["schedule"] = str(schedule)
     return table
+
 
 def _comparable(n, weights, masks, last, initial):
     "Refuse rounds that cannot be compared"
-    for what, other in (("its weights", weights), ("the round before", last and last[1]), ("the initial weights", initial)):
-        bad = [k for k, m in masks.items() if other and (k not in other or other[k].shape != m.shape)]
-        if bad: raise ArchiveError(f"round {n}: the mask of {bad[0]!r} has no counterpart of shape {tuple(masks[bad[0]].shape)} in {what}")
+    for what, other in (
+        ("its weights", weights),
+        ("the round before", last and last[1]),
+        ("the initial weights", initial),
+    ):
+        bad = [
+            k for k, m in masks.items() if other and (k not in other or other[k].shape != m.shape)
+        ]
+        if bad:
+            raise ArchiveError(
+                f"round {n}: the mask of {bad[0]!r} has no counterpart of shape {tuple(masks[bad[0]].shape)} in {what}"
+            )
     bad = [k for k, m in masks.items() if not weights[k][m].isfinite().all()]
     if bad:
-        raise ArchiveError(f"round {n}: {bad[0]!r} holds weights that are NaN or infinite and have no rank: training diverged; leave this round and those after it out")
+        raise ArchiveError(
+            f"round {n}: {bad[0]!r} holds weights that are NaN or infinite and have no rank: training diverged; leave this round and those after it out"
+        )
 
 # %% ../nbs/34a_audit.ipynb #7df2957e
 def findings(
@@ -145,4 +253,9 @@ def findings(
 ) -> list:  # what is wrong, "round n: ..." each; [] for a run that is what it claims to be
     "The rounds of an audit whose verdict holds a complaint: it is written in capitals"
     complains = lambda part: any(w.isupper() and len(w) > 2 for w in part.split())
-    return [f"round {r.n}: {part}" for r in table.itertuples() for part in r.verdict.split("; ") if complains(part)]
+    return [
+        f"round {r.n}: {part}"
+        for r in table.itertuples()
+        for part in r.verdict.split("; ")
+        if complains(part)
+    ]

@@ -28,6 +28,7 @@ def generator(
 ) -> "torch.Generator":  # on the CPU, so that every device sees the same draws
     "A fresh torch generator at the start of the stream called `names`"
     import torch
+
     return torch.Generator().manual_seed(stream(seed, *names))
 
 # %% ../nbs/00_basics.ipynb #0edd349c
@@ -38,12 +39,19 @@ def seeded(
 ):
     "Within the block the global generators of torch (CPU and the current CUDA device), NumPy and Python run in the stream `names`; afterwards they are as before"
     import torch
+
     s, python, numpy = stream(seed, *names), random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(s); np.random.seed(s % 2**32); random.seed(s)
-        try: yield
+    with torch.random.fork_rng(
+        devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    ):
+        torch.manual_seed(s)
+        np.random.seed(s % 2**32)
+        random.seed(s)
+        try:
+            yield
         finally:
-            random.setstate(python); np.random.set_state(numpy)
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 # %% ../nbs/00_basics.ipynb #694a7178
 def lookup(
@@ -52,8 +60,9 @@ def lookup(
     kind: str,  # what to call one of them in the message, e.g. "task"
 ):
     "`table[name]`, or a ValueError that names the nearest and all known names"
-    if name in table: return table[name]
-    near = difflib.get_close_matches(str(name), [str(o) for o in table], n=1, cutoff=.5)
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), [str(o) for o in table], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(map(str, table)))}")
 
@@ -61,8 +70,10 @@ def lookup(
 def _sync(path):
     "Ask the system to put a file's or a folder's content on the disk"
     fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/00_basics.ipynb #dcb80493
 @contextmanager
@@ -70,16 +81,23 @@ def replacing(
     path,  # the file to write, its folder is made if need be
 ):
     "Yield a temporary path; when the block ends well it replaces `path` at once, when not, `path` is as it was"
-    path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        _sync(tmp); os.replace(tmp, path)
-        if os.name == "posix": _sync(path.parent)
+        _sync(tmp)
+        os.replace(tmp, path)
+        if os.name == "posix":
+            _sync(path.parent)
     except OSError as e:
-        raise OSError(e.errno, f"could not write {path}: {e.strerror}. Nothing was changed; free some space or choose a folder you may write to") from e
+        raise OSError(
+            e.errno,
+            f"could not write {path}: {e.strerror}. Nothing was changed; free some space or choose a folder you may write to",
+        ) from e
     finally:
-        if tmp.exists(): tmp.unlink()
+        if tmp.exists():
+            tmp.unlink()
 
 # %% ../nbs/00_basics.ipynb #2765f40d
 @contextmanager
@@ -88,22 +106,35 @@ def alone(
     name: str = ".lock",  # the lock's file in it
 ):
     "Hold the folder's lock during the block, or raise a RuntimeError if another process does"
-    if folder is None: yield; return
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / name)
-    try: lock.acquire(timeout=0)
-    except filelock.Timeout: raise RuntimeError(f"another process is working on {folder}: wait for it, or choose another folder") from None
-    try:
-        for litter in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")): litter.unlink(missing_ok=True)  # ours and safetensors', of a process that was killed while it wrote
+    if folder is None:
         yield
-    finally: lock.release()
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / name)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"another process is working on {folder}: wait for it, or choose another folder"
+        ) from None
+    try:
+        for litter in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
+            litter.unlink(
+                missing_ok=True
+            )  # ours and safetensors', of a process that was killed while it wrote
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/00_basics.ipynb #46d8ce70
 def patch_to(
     cls: type,  # the class that grows
 ):  # a decorator
     "Add the decorated function to `cls`; a function of that name that was there before keeps its name"
+
     def add(f):
         setattr(cls, f.__name__, f)
         return f.__globals__.get(f.__name__, f)
+
     return add

@@ -20,30 +20,48 @@ from .basics import alone, lookup, patch_to, replacing
 from .progress import far, planned
 
 # %% ../nbs/40f_batches.ipynb #20b46c09
-BYTES, NODES = 100_000, 20_000  # most that a study file may hold, as text and with its aliases written out
+BYTES, NODES = (
+    100_000,
+    20_000,
+)  # most that a study file may hold, as text and with its aliases written out
+
 
 def _weight(node, known, above):
     "How many nodes a YAML node stands for; refuses a node that holds itself, and a key that is there twice"
-    if id(node) in above: raise ValueError(f"line {node.start_mark.line + 1}: an alias to what it is a part of")
-    if id(node) in known: return known[id(node)]
+    if id(node) in above:
+        raise ValueError(f"line {node.start_mark.line + 1}: an alias to what it is a part of")
+    if id(node) in known:
+        return known[id(node)]
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     keys = [k.value for k, _ in pairs if isinstance(k, yaml.ScalarNode)]
     for k, n in Counter(keys).items():
-        if n > 1: raise ValueError(f"line {node.start_mark.line + 1}: the key {k!r} is there twice")
-    parts = [o for pair in pairs for o in pair] or (node.value if isinstance(node, yaml.SequenceNode) else [])
+        if n > 1:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {k!r} is there twice")
+    parts = [o for pair in pairs for o in pair] or (
+        node.value if isinstance(node, yaml.SequenceNode) else []
+    )
     known[id(node)] = 1 + sum(_weight(o, known, above | {id(node)}) for o in parts)
     return known[id(node)]
+
 
 def _plain(value, where="the file"):
     "Refuse what is no plain data"
     if isinstance(value, dict):
         for k, v in value.items():
-            if not isinstance(k, str): raise ValueError(f"{where}: the key {k!r} is no text; put it in quotes")
+            if not isinstance(k, str):
+                raise ValueError(f"{where}: the key {k!r} is no text; put it in quotes")
             _plain(v, f"{where}, {k}")
     elif isinstance(value, list):
-        for v in value: _plain(v, where)
-    elif not (value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))):
-        raise ValueError(f"{where}: {value!r} is {type(value).__name__}, not text, a finite number, a list or a mapping; text that looks like something else needs quotes")
+        for v in value:
+            _plain(v, where)
+    elif not (
+        value is None
+        or isinstance(value, (str, bool, int))
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
+        raise ValueError(
+            f"{where}: {value!r} is {type(value).__name__}, not text, a finite number, a list or a mapping; text that looks like something else needs quotes"
+        )
     return value
 
 # %% ../nbs/40f_batches.ipynb #30b863be
@@ -52,42 +70,61 @@ def safe_yaml(
     name: str = "the file",  # to call it in messages
 ) -> dict:  # plain data
     "Read YAML that may be hostile; a ValueError says in which line what is wrong"
-    if len(text.encode()) > BYTES: raise ValueError(f"{name} holds more than {BYTES:,} bytes: this is no study file")
+    if len(text.encode()) > BYTES:
+        raise ValueError(f"{name} holds more than {BYTES:,} bytes: this is no study file")
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        if root is None: raise ValueError("there is nothing in it")
-        if (weight := _weight(root, {}, frozenset())) > NODES: raise ValueError(f"its aliases stand for {weight:.1e} values, more than {NODES:,}")
+        if root is None:
+            raise ValueError("there is nothing in it")
+        if (weight := _weight(root, {}, frozenset())) > NODES:
+            raise ValueError(f"its aliases stand for {weight:.1e} values, more than {NODES:,}")
         return _plain(yaml.safe_load(text), name)
-    except RecursionError: raise ValueError(f"{name}: it is nested too deeply") from None
+    except RecursionError:
+        raise ValueError(f"{name}: it is nested too deeply") from None
     except yaml.constructor.ConstructorError as e:
-        raise ValueError(f"{name}: line {e.problem_mark.line + 1}: {e.problem}; a study file holds text, numbers, lists and mappings only") from None
+        raise ValueError(
+            f"{name}: line {e.problem_mark.line + 1}: {e.problem}; a study file holds text, numbers, lists and mappings only"
+        ) from None
     except yaml.MarkedYAMLError as e:
-        raise ValueError(f"{name}: line {e.problem_mark.line + 1 if e.problem_mark else '?'}: {e.problem}; is the indentation right, and text with a colon in quotes?") from None
-    except yaml.YAMLError as e: raise ValueError(f"{name} is no YAML: {str(e).splitlines()[0]}") from None
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
+        raise ValueError(
+            f"{name}: line {e.problem_mark.line + 1 if e.problem_mark else '?'}: {e.problem}; is the indentation right, and text with a colon in quotes?"
+        ) from None
+    except yaml.YAMLError as e:
+        raise ValueError(f"{name} is no YAML: {str(e).splitlines()[0]}") from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
 
 # %% ../nbs/40f_batches.ipynb #e38abe47
 @dataclass(frozen=True)
 class Step:
     "An experiment with its parameters, and what comes before it"
+
     name: str  # letters, digits, - and _; its jobs' folders begin with it
     experiment: str  # a name in `notebooks.experiments`, or "report"
     parameters: dict = field(default_factory=dict)  # of the experiment
-    grid: dict = field(default_factory=dict)  # parameter -> list of values; a job for every combination
+    grid: dict = field(
+        default_factory=dict
+    )  # parameter -> list of values; a job for every combination
     needs: tuple = ()  # steps that must be done
     after: tuple = ()  # steps that must have ended, done or failed
-    folder: str | None = None  # where runs go, within the study's folder; steps with one folder share runs and take turns; None: each job its own
+    folder: str | None = (
+        None  # where runs go, within the study's folder; steps with one folder share runs and take turns; None: each job its own
+    )
+
 
 @dataclass(frozen=True)
 class Study:
     "Experiments in order"
+
     study: str  # its name
     steps: tuple  # of Step
     folder: str | None = None  # where everything goes, runs/<name> if None
 
+
 @dataclass(frozen=True)
 class Job:
     "One notebook to be executed"
+
     id: str  # folder of the notebook, within the study's
     step: str
     experiment: str
@@ -95,39 +132,79 @@ class Job:
     folder: str  # of the runs, within the study's
     needs: tuple = ()  # ids of jobs
     after: tuple = ()
-    grid: dict = field(default_factory=dict)  # those of the parameters that tell it from its step's other jobs
+    grid: dict = field(
+        default_factory=dict
+    )  # those of the parameters that tell it from its step's other jobs
 
-    def __str__(self): return " ".join([self.step, *(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in self.grid.items())])
+    def __str__(self):
+        return " ".join(
+            [
+                self.step,
+                *(
+                    f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
+                    for k, v in self.grid.items()
+                ),
+            ]
+        )
 
     @property
     def facts(self) -> str:
         "Hash of what is to be executed: a job that is done is done only for these facts"
-        return hashlib.sha256(json.dumps([self.experiment, self.parameters, self.folder], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([self.experiment, self.parameters, self.folder], sort_keys=True).encode()
+        ).hexdigest()[:16]
 
 # %% ../nbs/40f_batches.ipynb #c8da0576
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
-_TYPES = {"study": str, "steps": list, "folder": (str, type(None)), "name": str, "experiment": str, "parameters": dict, "grid": dict, "needs": list, "after": list}
+_TYPES = {
+    "study": str,
+    "steps": list,
+    "folder": (str, type(None)),
+    "name": str,
+    "experiment": str,
+    "parameters": dict,
+    "grid": dict,
+    "needs": list,
+    "after": list,
+}
+
 
 def _made(cls, given, where):
     "A dataclass from a mapping of a file"
-    if not isinstance(given, dict): raise ValueError(f"{where} should be a mapping of {', '.join(f.name for f in fields(cls))}, not {type(given).__name__}")
-    given = {k: ([v] if k in ("needs", "after") and isinstance(v, str) else v) for k, v in given.items()}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{where} should be a mapping of {', '.join(f.name for f in fields(cls))}, not {type(given).__name__}"
+        )
+    given = {
+        k: ([v] if k in ("needs", "after") and isinstance(v, str) else v) for k, v in given.items()
+    }
     for k, v in given.items():
         lookup(k, {f.name: f for f in fields(cls)}, f"key of {where}:")
-        if not isinstance(v, _TYPES[k]): raise ValueError(f"{where}: {k} should be {'a mapping' if _TYPES[k] is dict else 'a list' if _TYPES[k] is list else 'text'}, not {v!r}")
+        if not isinstance(v, _TYPES[k]):
+            raise ValueError(
+                f"{where}: {k} should be {'a mapping' if _TYPES[k] is dict else 'a list' if _TYPES[k] is list else 'text'}, not {v!r}"
+            )
     for f in list(fields(cls))[:2]:
-        if f.name not in given: raise ValueError(f"{where} does not say its {f.name}")
+        if f.name not in given:
+            raise ValueError(f"{where} does not say its {f.name}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
 
 def _inside(path, where):
     "Refuse a folder that is not below the one it belongs to"
     parts = re.split(r"[\\/]", path)
     if not path or path[0] in "/\\~" or ".." in parts or ":" in path or not path.isprintable():
-        raise ValueError(f"{where}: the folder {path!r} does not lie within its place; give a relative path without '..', and another place with --folder")
+        raise ValueError(
+            f"{where}: the folder {path!r} does not lie within its place; give a relative path without '..', and another place with --folder"
+        )
     return path
 
+
 def _named(name, where):
-    if not _NAME.fullmatch(str(name)): raise ValueError(f"{where}: {str(name)[:80]!r} is no name; use letters, digits, - and _, at most 60")
+    if not _NAME.fullmatch(str(name)):
+        raise ValueError(
+            f"{where}: {str(name)[:80]!r} is no name; use letters, digits, - and _, at most 60"
+        )
     return name
 
 # %% ../nbs/40f_batches.ipynb #78f33a79
@@ -136,27 +213,54 @@ def study_of(
     name: str = "the study",  # of the file, for messages
 ) -> Study:
     "A study from plain data; a ValueError says what is wrong where, with the nearest known name"
-    study = _made(Study, given, name); _named(study.study, name)
-    steps = tuple(_made(Step, o, f"{name}: step {o.get('name', i + 1)!r}" if isinstance(o, dict) else f"{name}: step {i + 1}") for i, o in enumerate(study.steps))
+    study = _made(Study, given, name)
+    _named(study.study, name)
+    steps = tuple(
+        _made(
+            Step,
+            o,
+            f"{name}: step {o.get('name', i + 1)!r}"
+            if isinstance(o, dict)
+            else f"{name}: step {i + 1}",
+        )
+        for i, o in enumerate(study.steps)
+    )
     study = Study(study.study, steps, study.folder and _inside(study.folder, name))
     study.order()
     return study
 
+
 def studies() -> list:
     "Names of the studies that come with the package"
-    return sorted(p.name[:-5] for p in files("rg_tickets.experiments").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name[:-5] for p in files("rg_tickets.experiments").iterdir() if p.name.endswith(".yaml")
+    )
+
 
 def read(
     path,  # a file, or the name of a study that comes with the package
 ) -> Study:
     "Read a study"
     path, known = str(path), studies()
-    if path in known: return study_of(safe_yaml((files("rg_tickets.experiments") / f"{path}.yaml").read_text(encoding="utf-8"), path), path)
-    if not Path(path).suffix and not Path(path).exists(): lookup(path, dict.fromkeys(known), "study")
+    if path in known:
+        return study_of(
+            safe_yaml(
+                (files("rg_tickets.experiments") / f"{path}.yaml").read_text(encoding="utf-8"), path
+            ),
+            path,
+        )
+    if not Path(path).suffix and not Path(path).exists():
+        lookup(path, dict.fromkeys(known), "study")
     try:
-        with open(path, "rb") as f: text = f.read(BYTES + 1).decode("utf-8")
-    except UnicodeDecodeError: raise ValueError(f"{path} is no text") from None
-    except OSError as e: raise OSError(e.errno, f"cannot read the study {path}: {e.strerror}. Studies that come with the package: {', '.join(known)}") from None
+        with open(path, "rb") as f:
+            text = f.read(BYTES + 1).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text") from None
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f"cannot read the study {path}: {e.strerror}. Studies that come with the package: {', '.join(known)}",
+        ) from None
     return study_of(safe_yaml(text, Path(path).name), Path(path).name)
 
 # %% ../nbs/40f_batches.ipynb #4c63f89a
@@ -164,28 +268,53 @@ def read(
 def order(self):
     "Steps, each after those it needs; refuses wrong names and circles"
     table = {s.name: s for s in self.steps}
-    if not table: raise ValueError(f"{self.study}: a study needs at least one step")
-    if len(table) < len(self.steps): raise ValueError(f"{self.study}: two steps are called {next(s.name for i, s in enumerate(self.steps) if s.name in [o.name for o in self.steps[:i]])!r}")
+    if not table:
+        raise ValueError(f"{self.study}: a study needs at least one step")
+    if len(table) < len(self.steps):
+        raise ValueError(
+            f"{self.study}: two steps are called {next(s.name for i, s in enumerate(self.steps) if s.name in [o.name for o in self.steps[:i]])!r}"
+        )
     for s in self.steps:
         _named(s.name, f"{self.study}: step")
-        if s.folder is not None: _inside(s.folder, f"{self.study}: step {s.name!r}")
-        for o in (*s.needs, *s.after): lookup(o, table, f"step, needed by {s.name!r}:")
-    try: return [table[k] for k in TopologicalSorter({s.name: (*s.needs, *s.after) for s in self.steps}).static_order()]
-    except CycleError as e: raise ValueError(f"{self.study}: steps wait for each other in a circle: {' -> '.join(e.args[1])}") from None
+        if s.folder is not None:
+            _inside(s.folder, f"{self.study}: step {s.name!r}")
+        for o in (*s.needs, *s.after):
+            lookup(o, table, f"step, needed by {s.name!r}:")
+    try:
+        return [
+            table[k]
+            for k in TopologicalSorter(
+                {s.name: (*s.needs, *s.after) for s in self.steps}
+            ).static_order()
+        ]
+    except CycleError as e:
+        raise ValueError(
+            f"{self.study}: steps wait for each other in a circle: {' -> '.join(e.args[1])}"
+        ) from None
 
 # %% ../nbs/40f_batches.ipynb #292e29b0
 def _told(step, grid):
     "The parameters of one job; refuses names said twice and the folder, which is the study's to say"
-    for k in {*step.parameters} & {*grid}: raise ValueError(f"step {step.name!r}: {k} is among its parameters and in its grid")
-    if "folder" in {**step.parameters, **grid}: raise ValueError(f"step {step.name!r}: where its runs go is said by the step's own key `folder`, not by a parameter")
+    for k in {*step.parameters} & {*grid}:
+        raise ValueError(f"step {step.name!r}: {k} is among its parameters and in its grid")
+    if "folder" in {**step.parameters, **grid}:
+        raise ValueError(
+            f"step {step.name!r}: where its runs go is said by the step's own key `folder`, not by a parameter"
+        )
     return notebooks.checked(step.experiment, {**step.parameters, **grid})
+
 
 def _combinations(step):
     "Every combination of a step's grid"
     for k, values in step.grid.items():
-        if not isinstance(values, (list, tuple)) or not values: raise ValueError(f"step {step.name!r}: the grid needs a list of values for {k}, not {values!r}")
-    if math.prod(map(len, step.grid.values())) > 10_000: raise ValueError(f"step {step.name!r}: its grid has more than 10,000 combinations")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise ValueError(
+                f"step {step.name!r}: the grid needs a list of values for {k}, not {values!r}"
+            )
+    if math.prod(map(len, step.grid.values())) > 10_000:
+        raise ValueError(f"step {step.name!r}: its grid has more than 10,000 combinations")
     return [dict(zip(step.grid, o)) for o in itertools.product(*step.grid.values())]
+
 
 @patch_to(Study)
 def jobs(self):
@@ -193,12 +322,30 @@ def jobs(self):
     made, ids = [], {}
     for s in self.order():
         for grid in _combinations(s):
-            code = "-" + hashlib.sha256(json.dumps(grid, sort_keys=True).encode()).hexdigest()[:6] if grid else ""
+            code = (
+                "-" + hashlib.sha256(json.dumps(grid, sort_keys=True).encode()).hexdigest()[:6]
+                if grid
+                else ""
+            )
             gather = lambda names: tuple(i for o in names for i in ids[o])
-            made.append(Job(s.name + code, s.name, s.experiment, _told(s, grid), s.folder or s.name + code, gather(s.needs), gather(s.after), grid))
+            made.append(
+                Job(
+                    s.name + code,
+                    s.name,
+                    s.experiment,
+                    _told(s, grid),
+                    s.folder or s.name + code,
+                    gather(s.needs),
+                    gather(s.after),
+                    grid,
+                )
+            )
             ids.setdefault(s.name, []).append(made[-1].id)
     twice = [j.id for i, j in enumerate(made) if j.id in {o.id for o in made[:i]}]
-    if twice: raise ValueError(f"two jobs would have the folder {twice[0]}: does a grid name a value twice?")
+    if twice:
+        raise ValueError(
+            f"two jobs would have the folder {twice[0]}: does a grid name a value twice?"
+        )
     return made
 
 # %% ../nbs/40f_batches.ipynb #328eb3ed
@@ -206,30 +353,59 @@ def check(
     jobs: list,  # of Job
 ) -> list:  # for each its `plans.Work`, None for a report
     "Ask every experiment what it would run; refuses, before anything is run, what it would refuse"
-    from rg_tickets.plans import work_of  # loads torch, which reading a study's folder does not need
+    from rg_tickets.plans import (
+        work_of,
+    )  # loads torch, which reading a study's folder does not need
+
     out = []
     for j in jobs:
-        try: out.append(work_of(j.experiment, j.parameters) if j.experiment in notebooks.experiments() else None)
-        except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{j}: {e}") from None
+        try:
+            out.append(
+                work_of(j.experiment, j.parameters)
+                if j.experiment in notebooks.experiments()
+                else None
+            )
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{j}: {e}") from None
     return out
 
 # %% ../nbs/40f_batches.ipynb #e8b17f85
-STATES = ("queued", "running", "done", "failed", "waiting", "stopped")  # waiting: for a job that failed; stopped: it was running when the study was killed
+STATES = (
+    "queued",
+    "running",
+    "done",
+    "failed",
+    "waiting",
+    "stopped",
+)  # waiting: for a job that failed; stopped: it was running when the study was killed
+
 
 def _json(path):
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
 
 class Kept:
     "A study's folder, and what its notes say"
-    def __init__(self, folder): self.folder = Path(folder)
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
 
     def keep(self, study, jobs):
         "Note what was asked for; a folder belongs to one study"
         there = _json(self.folder / "study.json")
-        if isinstance(there, dict) and there.get("study", study.study) != study.study: raise ValueError(f"{self.folder} holds the study {there['study']!r}, not {study.study!r}: choose another folder with --folder")
-        for j in jobs: self.home(j), self.runs(j)
-        with replacing(self.folder / "study.json") as tmp: tmp.write_text(json.dumps(dict(study=study.study, jobs=[asdict(j) for j in jobs]), indent=1))
+        if isinstance(there, dict) and there.get("study", study.study) != study.study:
+            raise ValueError(
+                f"{self.folder} holds the study {there['study']!r}, not {study.study!r}: choose another folder with --folder"
+            )
+        for j in jobs:
+            self.home(j), self.runs(j)
+        with replacing(self.folder / "study.json") as tmp:
+            tmp.write_text(
+                json.dumps(dict(study=study.study, jobs=[asdict(j) for j in jobs]), indent=1)
+            )
 
     def home(self, job):
         "Folder of a job's notebook"
@@ -242,7 +418,8 @@ class Kept:
     def _below(self, path):
         "A path in the folder; a ValueError if a link leads out of it"
         full = self.folder / path
-        if not full.resolve().is_relative_to(self.folder.resolve()): raise ValueError(f"{full} leads out of the study's folder, to {full.resolve()}")
+        if not full.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{full} leads out of the study's folder, to {full.resolve()}")
         return full
 
 # %% ../nbs/40f_batches.ipynb #342fe96a
@@ -250,26 +427,55 @@ class Kept:
 def jobs(self):
     "The jobs that were asked for"
     path = self.folder / "study.json"
-    if not path.exists(): raise FileNotFoundError(f"{self.folder} is not the folder of a study: it has no study.json")
-    try: return [Job(**{k: tuple(v) if k in ("needs", "after") else v for k, v in j.items()}) for j in _json(path)["jobs"]]
-    except (TypeError, KeyError, AttributeError): raise ValueError(f"{path} is damaged: start the study again with its file, which writes it anew; what is done stays done") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{self.folder} is not the folder of a study: it has no study.json")
+    try:
+        return [
+            Job(**{k: tuple(v) if k in ("needs", "after") else v for k, v in j.items()})
+            for j in _json(path)["jobs"]
+        ]
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{path} is damaged: start the study again with its file, which writes it anew; what is done stays done"
+        ) from None
 
-_NOTE = dict(facts=str, complaint=str, token=str, seen=dict, before=dict, began=(int, float), ended=(int, float), took=(int, float))
+
+_NOTE = dict(
+    facts=str,
+    complaint=str,
+    token=str,
+    seen=dict,
+    before=dict,
+    began=(int, float),
+    ended=(int, float),
+    took=(int, float),
+)
+
 
 def _noted(path):
     "A job's note; one that is damaged is no note, and the job is done again"
     n = _json(path)
-    return n if isinstance(n, dict) and n.get("state") in STATES and all(isinstance(n[k], t) for k, t in _NOTE.items() if k in n) else {}
+    return (
+        n
+        if isinstance(n, dict)
+        and n.get("state") in STATES
+        and all(isinstance(n[k], t) for k, t in _NOTE.items() if k in n)
+        else {}
+    )
+
 
 @patch_to(Kept)
 def note(self, job):
     "What was noted about a job last"
     return _noted(self.home(job) / "job.json")
 
+
 @patch_to(Kept)
 def write(self, job, **facts):
     "Note something about a job"
-    with replacing(self.home(job) / "job.json") as tmp: tmp.write_text(json.dumps(dict(facts, id=job.id, facts=job.facts), indent=1))
+    with replacing(self.home(job) / "job.json") as tmp:
+        tmp.write_text(json.dumps(dict(facts, id=job.id, facts=job.facts), indent=1))
+
 
 @patch_to(Kept)
 def seen(self, job):
@@ -277,38 +483,65 @@ def seen(self, job):
     notes = {i: _noted(self._below(i) / "job.json") for i in (*job.needs, *job.after)}
     return {i: n.get("token") if n.get("state") == "done" else None for i, n in notes.items()}
 
+
 @patch_to(Kept)
 def done(self, job):
     "Is it done, for these parameters, with the present outcomes of its predecessors"
     n = self.note(job)
-    return n.get("state") == "done" and n.get("facts") == job.facts and n.get("seen") == self.seen(job) and (self.home(job) / "notebook.ipynb").exists()
+    return (
+        n.get("state") == "done"
+        and n.get("facts") == job.facts
+        and n.get("seen") == self.seen(job)
+        and (self.home(job) / "notebook.ipynb").exists()
+    )
 
 # %% ../nbs/40f_batches.ipynb #26bb962d
 def _held(folder):
     "Is a process working on the study"
     try:
-        with alone(folder, ".study.lock"): return False
-    except RuntimeError: return True
-    except OSError: return True  # a folder one may only read: take the notes' word for it
+        with alone(folder, ".study.lock"):
+            return False
+    except RuntimeError:
+        return True
+    except OSError:
+        return True  # a folder one may only read: take the notes' word for it
+
 
 @patch_to(Kept)
 def at(self, job):
     "(rounds done, rounds in all, of those how many since the job began) of a job's runs"
-    todo = planned(self.runs(job)); x = {r["id"]: min(far(self.runs(job) / r["id"]), r["rounds"] + 1) for r in todo}
+    todo = planned(self.runs(job))
+    x = {r["id"]: min(far(self.runs(job) / r["id"]), r["rounds"] + 1) for r in todo}
     began = self.note(job).get("before", {})
-    return sum(x.values()), sum(r["rounds"] + 1 for r in todo), sum(v - min(began.get(k, 0), v) for k, v in x.items())
+    return (
+        sum(x.values()),
+        sum(r["rounds"] + 1 for r in todo),
+        sum(v - min(began.get(k, 0), v) for k, v in x.items()),
+    )
+
 
 def in_words(
     seconds: float,  # a duration
 ) -> str:
     "A duration as people say it"
-    if seconds < 90: return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return (
+        f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+        if seconds < 172800
+        else f"{seconds / 86400:.1f} days"
+    )
+
 
 def _where(kept, job, note, now):
     "(at, left) of a running job, in words"
-    rounds, of, since = kept.at(job); spent = now - note.get("began", now)
-    return (f"round {rounds:.0f} of {of}" if of else "starting"), in_words(spent / since * (of - rounds)) if since > 0 and of > rounds and spent > 0 else ""  # no guess by a clock that was set back
+    rounds, of, since = kept.at(job)
+    spent = now - note.get("began", now)
+    return (f"round {rounds:.0f} of {of}" if of else "starting"), in_words(
+        spent / since * (of - rounds)
+    ) if since > 0 and of > rounds and spent > 0 else ""  # no guess by a clock that was set back
 
 # %% ../nbs/40f_batches.ipynb #70dd8de7
 def status(
@@ -317,15 +550,22 @@ def status(
     "How far a study is, from what is on the disk"
     kept, rows, now, held = Kept(folder), [], time.time(), None
     for job in kept.jobs():
-        n = kept.note(job); state = n.get("state", "queued"); at = left = ""
+        n = kept.note(job)
+        state = n.get("state", "queued")
+        at = left = ""
         if state == "running":
             held = _held(folder) if held is None else held
-            if held: at, left = _where(kept, job, n, now)
-            else: state = "stopped"
-        if state == "done" and "ended" in n: at = f"in {in_words(n.get('took', max(0, n['ended'] - n.get('began', n['ended']))))}"  # a clock may have been set in between
-        if state in ("done", "failed") and n.get("facts") != job.facts: state, at, n = "queued", "", {}
+            if held:
+                at, left = _where(kept, job, n, now)
+            else:
+                state = "stopped"
+        if state == "done" and "ended" in n:
+            at = f"in {in_words(n.get('took', max(0, n['ended'] - n.get('began', n['ended']))))}"  # a clock may have been set in between
+        if state in ("done", "failed") and n.get("facts") != job.facts:
+            state, at, n = "queued", "", {}
         rows.append((job.id, str(job), state, at, left, n.get("complaint", "")))
     return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
+
 
 def lines(
     table: pd.DataFrame,  # of `status`
@@ -333,45 +573,93 @@ def lines(
     width: int = 110,  # of the screen
 ) -> list:  # of text
     "A status as text"
-    rank = table.state.map(dict(running=0, failed=1, stopped=1, waiting=2, queued=3, done=4)).sort_values(kind="stable").index[:most]
-    shown = table.loc[sorted(rank)]; wide = max([4, *shown.name.str.len().clip(upper=44)])
-    out = [f"{r.name_:<{wide}.{wide}}  {r.state:<8} {r.at:<18} {r.left + ' left' if r.left else r.note}"[:width].rstrip() for r in shown.rename(columns=dict(name="name_")).itertuples()]
+    rank = (
+        table.state.map(dict(running=0, failed=1, stopped=1, waiting=2, queued=3, done=4))
+        .sort_values(kind="stable")
+        .index[:most]
+    )
+    shown = table.loc[sorted(rank)]
+    wide = max([4, *shown.name.str.len().clip(upper=44)])
+    out = [
+        f"{r.name_:<{wide}.{wide}}  {r.state:<8} {r.at:<18} {r.left + ' left' if r.left else r.note}"[
+            :width
+        ].rstrip()
+        for r in shown.rename(columns=dict(name="name_")).itertuples()
+    ]
     counts = ", ".join(f"{n} {s}" for s in STATES if (n := int((table.state == s).sum())))
-    return out + ([f"... and {len(table) - len(shown)} more"] if len(shown) < len(table) else []) + [f"{len(table)} notebooks: {counts}"]
+    return (
+        out
+        + ([f"... and {len(table) - len(shown)} more"] if len(shown) < len(table) else [])
+        + [f"{len(table)} notebooks: {counts}"]
+    )
 
 # %% ../nbs/40f_batches.ipynb #773e51c3
 @patch_to(Kept)
 def rounds(self):
     "Folders of all runs that have finished a round"
-    return sorted({p.parent for j in self.jobs() for p in self.runs(j).glob("*/rounds.csv") if (p.parent / "config.json").exists()})
+    return sorted(
+        {
+            p.parent
+            for j in self.jobs()
+            for p in self.runs(j).glob("*/rounds.csv")
+            if (p.parent / "config.json").exists()
+        }
+    )
+
 
 def _facts(home):
     "What tells a run from others, from its config"
-    return {k: v for k, v in (_json(home / "config.json") or {}).items() if k in ("task", "model", "control", "seed", "width", "prune", "rewind")}
+    return {
+        k: v
+        for k, v in (_json(home / "config.json") or {}).items()
+        if k in ("task", "model", "control", "seed", "width", "prune", "rewind")
+    }
+
 
 def collect(
     folder,  # a study's folder
     table: str = "rounds",  # "rounds", or the name of a table that jobs leave: exponents, gaps, flow ...
 ) -> pd.DataFrame:  # its rows, with the run or the job each is from
     "One table of a study, as far as it got"
-    kept = Kept(folder); jobs = kept.jobs()
-    if table == "rounds": parts = [pd.read_csv(h / "rounds.csv").assign(run=h.relative_to(kept.folder).as_posix(), **_facts(h)) for h in kept.rounds()]
-    else: parts = [pd.read_csv(p).assign(job=j.id, step=j.step) for j in jobs if (p := kept.home(j) / f"{_named(table, 'table')}.csv").exists() and kept.note(j).get("state") == "done"]
+    kept = Kept(folder)
+    jobs = kept.jobs()
+    if table == "rounds":
+        parts = [
+            pd.read_csv(h / "rounds.csv").assign(
+                run=h.relative_to(kept.folder).as_posix(), **_facts(h)
+            )
+            for h in kept.rounds()
+        ]
+    else:
+        parts = [
+            pd.read_csv(p).assign(job=j.id, step=j.step)
+            for j in jobs
+            if (p := kept.home(j) / f"{_named(table, 'table')}.csv").exists()
+            and kept.note(j).get("state") == "done"
+        ]
     if not parts:
         there = sorted({p.stem for j in jobs for p in kept.home(j).glob("*.csv")})
-        raise FileNotFoundError(f"no {table} in {folder} yet" + (f"; there are: {', '.join(there)}" if there else ""))
-    frame = pd.concat(parts, ignore_index=True); front = [c for c in ("run", "job", "step", "task", "model", "control", "seed") if c in frame]
+        raise FileNotFoundError(
+            f"no {table} in {folder} yet" + (f"; there are: {', '.join(there)}" if there else "")
+        )
+    frame = pd.concat(parts, ignore_index=True)
+    front = [c for c in ("run", "job", "step", "task", "model", "control", "seed") if c in frame]
     return frame[front + [c for c in frame if c not in front]]
 
 # %% ../nbs/40f_batches.ipynb #0790bbf8
 def _job_at(path):
     "(Kept, Job) of a job's folder, by whole name or by a beginning that only one has"
     kept, name = Kept(path.parent), path.name
-    if not (kept.folder / "study.json").exists(): return None
-    table = {j.id: j for j in kept.jobs()}; near = [k for k in table if k.startswith(name)]
+    if not (kept.folder / "study.json").exists():
+        return None
+    table = {j.id: j for j in kept.jobs()}
+    near = [k for k in table if k.startswith(name)]
     return kept, lookup(near[0] if len(near) == 1 and name not in table else name, table, "job")
 
-def _lines_of(values): return [f"{k:>12}: {v}" for k, v in values.items() if v not in (None, {}, "", [])]
+
+def _lines_of(values):
+    return [f"{k:>12}: {v}" for k, v in values.items() if v not in (None, {}, "", [])]
+
 
 def show(
     path,  # folder of a job or of a run
@@ -379,13 +667,41 @@ def show(
     "What is known of a job or a run: state, parameters, tables, verdict, traceback"
     path = Path(path)
     if (path / "config.json").exists():
-        table = pd.read_csv(path / "rounds.csv").to_string(index=False, float_format="{:.4g}".format) if (path / "rounds.csv").exists() else "no round is finished yet"
-        return [*_lines_of(_json(path / "config.json") or {}), "", table, *([(path / "error.txt").read_text()] if (path / "error.txt").exists() else [])]
+        table = (
+            pd.read_csv(path / "rounds.csv").to_string(index=False, float_format="{:.4g}".format)
+            if (path / "rounds.csv").exists()
+            else "no round is finished yet"
+        )
+        return [
+            *_lines_of(_json(path / "config.json") or {}),
+            "",
+            table,
+            *([(path / "error.txt").read_text()] if (path / "error.txt").exists() else []),
+        ]
     found = _job_at(path)
-    if found is None: raise FileNotFoundError(f"{path} is neither a run nor a job of a study; `rg-tickets status FOLDER` names the jobs")
-    (kept, job), home = found, found[0].home(found[1]); row = status(kept.folder).set_index("job").loc[job.id]; text = lambda name: (home / name).read_text(encoding="utf-8").rstrip() if (home / name).exists() else None
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} is neither a run nor a job of a study; `rg-tickets status FOLDER` names the jobs"
+        )
+    (kept, job), home = found, found[0].home(found[1])
+    row = status(kept.folder).set_index("job").loc[job.id]
+    text = lambda name: (
+        (home / name).read_text(encoding="utf-8").rstrip() if (home / name).exists() else None
+    )
     files = ", ".join(sorted(p.name for p in home.glob("*.*") if p.is_file() and p.name[0] != "."))
-    out = _lines_of(dict(job=str(job), experiment=job.experiment, state=row.state, at=row["at"], left=row.left, note=row.note))
-    out += _lines_of(job.parameters) + _lines_of(dict(runs=kept.runs(job), files=files))  # a parameter may be called "at", too
-    if row.state == "done" and text("verdict.txt"): out += ["", text("verdict.txt")]
+    out = _lines_of(
+        dict(
+            job=str(job),
+            experiment=job.experiment,
+            state=row.state,
+            at=row["at"],
+            left=row.left,
+            note=row.note,
+        )
+    )
+    out += _lines_of(job.parameters) + _lines_of(
+        dict(runs=kept.runs(job), files=files)
+    )  # a parameter may be called "at", too
+    if row.state == "done" and text("verdict.txt"):
+        out += ["", text("verdict.txt")]
     return out + (["", text("error.txt")] if row.state != "done" and text("error.txt") else [])

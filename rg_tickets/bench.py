@@ -21,7 +21,9 @@ from .tasks.core import Task
 # %% ../nbs/42_bench.ipynb #1fdf2513
 def _finish():
     "Wait for the accelerator, if there is one"
-    if torch.accelerator.is_available(): torch.accelerator.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
 
 def in_turns(
     works: dict,  # name -> function without arguments
@@ -30,25 +32,39 @@ def in_turns(
     "Time several works in turns, each turn in another order"
     names, rows = list(works), []
     for turn in range(turns + 1):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
-            gc.collect(); _finish(); began = time.perf_counter()
-            works[name](); _finish()
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            gc.collect()
+            _finish()
+            began = time.perf_counter()
+            works[name]()
+            _finish()
             rows.append(dict(turn=turn, work=name, seconds=time.perf_counter() - began))
     return pd.DataFrame(rows).query("turn > 0").reset_index(drop=True)
+
 
 def ratios(
     times: pd.DataFrame,  # what `in_turns` gave
     base: str,  # the work that others are compared with
-) -> pd.DataFrame:  # a row per work: median seconds, median of time / base's time in the same turn, its quartiles
+) -> (
+    pd.DataFrame
+):  # a row per work: median seconds, median of time / base's time in the same turn, its quartiles
     "How many times as long each work took as `base`"
     wide = times.pivot(index="turn", columns="work", values="seconds")
     share = wide.div(wide[base], axis=0)
-    return pd.DataFrame(dict(seconds=wide.median(), ratio=share.median(), low=share.quantile(.25), high=share.quantile(.75))).loc[list(times.work.unique())]
+    return pd.DataFrame(
+        dict(
+            seconds=wide.median(),
+            ratio=share.median(),
+            low=share.quantile(0.25),
+            high=share.quantile(0.75),
+        )
+    ).loc[list(times.work.unique())]
 
 # %% ../nbs/42_bench.ipynb #78494077
 def _resident(field):
     "A line of /proc/self/status, in bytes"
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
 
 def extra_memory(
     work,  # function without arguments
@@ -56,14 +72,22 @@ def extra_memory(
     "The most memory that `work` held at any time, on the GPU if there is one, else of the process"
     gc.collect()
     if torch.cuda.is_available():
-        _finish(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        work(); _finish()
+        _finish()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        _finish()
         return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"): return None
-    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: return None
-    before = _resident("VmRSS"); work()
+    if not sys.platform.startswith("linux"):
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    work()
     return max(0, _resident("VmHWM") - before)
 
 # %% ../nbs/42_bench.ipynb #557fe317
@@ -73,8 +97,17 @@ def machine() -> dict:
     name = re.search(r"model name\s*:\s*(.+)", info)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return dict(processor=name[1] if name else platform.processor() or platform.machine(), bf16="avx512_bf16" in info or "amx_bf16" in info, cores=cores, threads=torch.get_num_threads(), gpu=gpu,
-                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, pandas=pd.__version__)
+    return dict(
+        processor=name[1] if name else platform.processor() or platform.machine(),
+        bf16="avx512_bf16" in info or "amx_bf16" in info,
+        cores=cores,
+        threads=torch.get_num_threads(),
+        gpu=gpu,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        pandas=pd.__version__,
+    )
 
 # %% ../nbs/42_bench.ipynb #54b2f5d2
 def magnitudes(
@@ -84,11 +117,20 @@ def magnitudes(
     "Normal weights in the shapes of a known network, or as many as asked for, in tensors of a million"
     if what == "resnet50":
         from rg_tickets.models.resnets import resnet
-        with torch.device("meta"): shapes = [p.shape for p in prunable(resnet("resnet50", classes=1000), "open_lth").values()]
-    elif what == "bert-base": shapes = [(768, 768)] * 48 + [(3072, 768)] * 24 + [(768, 768)]
-    else: shapes = [(min(10**6, what),)] * max(1, what // 10**6)
+
+        with torch.device("meta"):
+            shapes = [
+                p.shape for p in prunable(resnet("resnet50", classes=1000), "open_lth").values()
+            ]
+    elif what == "bert-base":
+        shapes = [(768, 768)] * 48 + [(3072, 768)] * 24 + [(768, 768)]
+    else:
+        shapes = [(min(10**6, what),)] * max(1, what // 10**6)
     draws = torch.Generator().manual_seed(0)
-    return {f"w{i}": torch.randn(shape, generator=draws).to(device) for i, shape in enumerate(shapes)}
+    return {
+        f"w{i}": torch.randn(shape, generator=draws).to(device) for i, shape in enumerate(shapes)
+    }
+
 
 def one_pass(
     weights: dict,  # name -> tensor
@@ -100,39 +142,69 @@ def one_pass(
 # %% ../nbs/42_bench.ipynb #d30ce761
 def torch_global(
     weights: dict,  # name -> tensor
-    share: float = .2,  # of the weights to remove
+    share: float = 0.2,  # of the weights to remove
 ) -> dict:  # name -> bool tensor, the mask
     "The same selection by `torch.nn.utils.prune.global_unstructured`"
     holders = {k: nn.Module() for k in weights}
-    for k, w in weights.items(): holders[k].weight = nn.Parameter(w, requires_grad=False)
-    torch_prune.global_unstructured([(m, "weight") for m in holders.values()], torch_prune.L1Unstructured, amount=share)
+    for k, w in weights.items():
+        holders[k].weight = nn.Parameter(w, requires_grad=False)
+    torch_prune.global_unstructured(
+        [(m, "weight") for m in holders.values()], torch_prune.L1Unstructured, amount=share
+    )
     return {k: m.weight_mask.bool() for k, m in holders.items()}
 
 # %% ../nbs/42_bench.ipynb #7bd8a765
 class _Pictures(torch.utils.data.Dataset):
     "Pictures as PIL images, transformed one by one"
-    def __init__(self, grey, y, transform): self.x, self.y, self.transform = [transforms.functional.to_pil_image(o) for o in grey], y.tolist(), transform
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.transform(self.x[i]), self.y[i]
+
+    def __init__(self, grey, y, transform):
+        self.x, self.y, self.transform = (
+            [transforms.functional.to_pil_image(o) for o in grey],
+            y.tolist(),
+            transform,
+        )
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.transform(self.x[i]), self.y[i]
+
 
 def _loaders(task, batch):
     "The task's pictures in two DataLoaders, training ones cropped and mirrored; the same numbers, to the 256 greys of a file"
-    d = task.data; low, span = d.x.amin(), d.x.amax() - d.x.amin()
+    d = task.data
+    low, span = d.x.amin(), d.x.amax() - d.x.amin()
     grey = lambda x: ((x - low) / span * 255).round().clamp(0, 255).to(torch.uint8)
     last = [transforms.ToTensor(), transforms.Normalize([float(-low / span)], [float(1 / span)])]
     crop = transforms.RandomCrop(d.x.shape[-1], padding=4, fill=int(grey(torch.zeros(1))))
-    train, test = _Pictures(grey(d.x), d.y, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])), _Pictures(grey(d.x_test), d.y_test, transforms.Compose(last))
-    return torch.utils.data.DataLoader(train, batch, shuffle=True, drop_last=True), torch.utils.data.DataLoader(test, 1000)
+    train, test = (
+        _Pictures(
+            grey(d.x), d.y, transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
+        ),
+        _Pictures(grey(d.x_test), d.y_test, transforms.Compose(last)),
+    )
+    return torch.utils.data.DataLoader(
+        train, batch, shuffle=True, drop_last=True
+    ), torch.utils.data.DataLoader(test, 1000)
 
 # %% ../nbs/42_bench.ipynb #08ec4bfa
 def _plain_round(network, train, epochs, lr):
     "One training, as a tutorial would write it"
-    opt = torch.optim.SGD(network.parameters(), lr=lr, momentum=.9, weight_decay=5e-4, nesterov=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs * len(train), cycle_momentum=False)
+    opt = torch.optim.SGD(
+        network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        opt, lr, total_steps=epochs * len(train), cycle_momentum=False
+    )
     network.train()
     for _ in range(epochs):
         for x, y in train:
-            opt.zero_grad(); F.cross_entropy(network(x), y).backward(); opt.step(); rate.step()
+            opt.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            opt.step()
+            rate.step()
+
 
 def plain_imp(
     task: Task,  # image task with one channel
@@ -140,18 +212,29 @@ def plain_imp(
     rounds: int,  # prunings
     epochs: int,  # per round
     batch: int = 64,  # samples per step
-    lr: float = .1,  # peak learning rate
+    lr: float = 0.1,  # peak learning rate
     seed: int = 0,  # of torch's global generator
 ) -> list:  # test accuracy per round
     "Iterative magnitude pruning with DataLoader, per-sample transforms and torch.nn.utils.prune"
     torch.manual_seed(seed)
     train, test = _loaders(task, batch)
-    layers = [(network.get_submodule(k.removesuffix(".weight")), "weight") for k in prunable(network)]
+    layers = [
+        (network.get_submodule(k.removesuffix(".weight")), "weight") for k in prunable(network)
+    ]
     initial, scores = {k: v.clone() for k, v in network.state_dict().items()}, []
     for n in range(rounds + 1):
         _plain_round(network, train, epochs, lr)
         network.eval()
-        with torch.no_grad(): scores.append(sum((network(x).argmax(1) == y).sum().item() for x, y in test) / len(test.dataset))
-        if n == rounds: return scores
-        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=.2)
-        network.load_state_dict({k: initial[k.replace("weight_orig", "weight")] if "mask" not in k else v for k, v in network.state_dict().items()})
+        with torch.no_grad():
+            scores.append(
+                sum((network(x).argmax(1) == y).sum().item() for x, y in test) / len(test.dataset)
+            )
+        if n == rounds:
+            return scores
+        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=0.2)
+        network.load_state_dict(
+            {
+                k: initial[k.replace("weight_orig", "weight")] if "mask" not in k else v
+                for k, v in network.state_dict().items()
+            }
+        )

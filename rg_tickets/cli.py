@@ -13,37 +13,66 @@ import typer
 import rg_tickets
 
 # %% ../nbs/41_cli.ipynb #69b31ea1
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Iterative magnitude pruning as a renormalization group: winning tickets, their flows and exponents.",
-                  epilog="Begin with `rg-tickets demo`; `rg-tickets list` names what there is; `rg-tickets COMMAND --help` tells more of each command. Exit status: 0 well, 1 something failed or an audit found something, 2 a mistake in what was asked.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Iterative magnitude pruning as a renormalization group: winning tickets, their flows and exponents.",
+    epilog="Begin with `rg-tickets demo`; `rg-tickets list` names what there is; `rg-tickets COMMAND --help` tells more of each command. Exit status: 0 well, 1 something failed or an audit found something, 2 a mistake in what was asked.",
+)
+
 
 def _version(asked: bool):
     "Print the version and end"
-    if asked: typer.echo(f"rg_tickets {rg_tickets.__version__}"); raise typer.Exit()
+    if asked:
+        typer.echo(f"rg_tickets {rg_tickets.__version__}")
+        raise typer.Exit()
+
 
 @app.callback()
-def _common(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="show the version and exit")): pass
+def _common(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="show the version and exit"
+    ),
+):
+    pass
+
 
 @app.command("list")
-def list_(experiment: Optional[str] = typer.Argument(None, help="an experiment, to see what it can be told")):
+def list_(
+    experiment: Optional[str] = typer.Argument(
+        None, help="an experiment, to see what it can be told"
+    ),
+):
     "What there is, and what an experiment can be told."
     from rg_tickets import notebooks
+
     if experiment:
-        for k, (kind, default, meaning) in notebooks.parameters(experiment).items(): typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
+        for k, (kind, default, meaning) in notebooks.parameters(experiment).items():
+            typer.echo(f"{k:>10} : {kind:<6} = {default!r:<18} {meaning}")
         return
-    typer.echo(f"experiments: {', '.join(notebooks.experiments())}")  # at once; the tables below take torch, and seconds
+    typer.echo(
+        f"experiments: {', '.join(notebooks.experiments())}"
+    )  # at once; the tables below take torch, and seconds
     from rg_tickets.imp import CONTROLS
     from rg_tickets.models.resnets import MODELS
     from rg_tickets.tasks.images import TASKS
-    for kind, names in dict(tasks=TASKS, models=MODELS, controls=CONTROLS).items(): typer.echo(f"{kind}: {', '.join(names)}")
+
+    for kind, names in dict(tasks=TASKS, models=MODELS, controls=CONTROLS).items():
+        typer.echo(f"{kind}: {', '.join(names)}")
 
 # %% ../nbs/41_cli.ipynb #02c2b92d
 @contextlib.contextmanager
 def _stoppable():
     "Ctrl-C ends the block with a word on what is kept"
-    try: yield
+    try:
+        yield
     except KeyboardInterrupt:
-        typer.echo("\nrg-tickets: stopped. Finished rounds are kept; the same command goes on from there.", err=True)
+        typer.echo(
+            "\nrg-tickets: stopped. Finished rounds are kept; the same command goes on from there.",
+            err=True,
+        )
         raise typer.Exit(130) from None
 
 # %% ../nbs/41_cli.ipynb #e424864b
@@ -51,36 +80,73 @@ def _done(folder, began):
     "Say what was found, where it is, and which file to open"
     verdict, took = folder / "verdict.txt", time.monotonic() - began
     typer.echo(f"\nDone in {took // 60:.0f} min {took % 60:.0f} s. What was found:\n")
-    if verdict.exists(): typer.echo(verdict.read_text())
-    for name, what in {"exponents.csv": "exponents with intervals", "flow.csv": "all rounds of all runs", "flow.png": "figure of the flows", "exponents.png": "figure of the exponents"}.items():
-        if (folder / name).exists(): typer.echo(f"  {folder / name}: {what}")
-    typer.echo(f"  {folder}/<run>/ticket.safetensors: {len(list(folder.glob('*/ticket.safetensors')))} tickets\nOpen {folder / 'notebook.ipynb'} to see it all.")
+    if verdict.exists():
+        typer.echo(verdict.read_text())
+    for name, what in {
+        "exponents.csv": "exponents with intervals",
+        "flow.csv": "all rounds of all runs",
+        "flow.png": "figure of the flows",
+        "exponents.png": "figure of the exponents",
+    }.items():
+        if (folder / name).exists():
+            typer.echo(f"  {folder / name}: {what}")
+    typer.echo(
+        f"  {folder}/<run>/ticket.safetensors: {len(list(folder.glob('*/ticket.safetensors')))} tickets\nOpen {folder / 'notebook.ipynb'} to see it all."
+    )
+
 
 def _plan(experiment, given, tflops, output):
     "Print a plan, and write it as a table if asked"
     from rg_tickets import plans, runs
+
     plan = plans.plan_of(experiment, given, **({} if tflops is None else dict(tflops=tflops)))
     typer.echo(str(plan))
-    if output: runs.write_csv(output, plan.frame); typer.echo(f"\nThe plan as a table: {output}")
+    if output:
+        runs.write_csv(output, plan.frame)
+        typer.echo(f"\nThe plan as a table: {output}")
+
 
 @app.command()
 def run(
     experiment: str = typer.Argument(..., help="name of an experiment, see: rg-tickets list"),
-    parameters: Optional[list[str]] = typer.Argument(None, help="parameter=value ...; lists are separated by commas"),
-    folder: Path = typer.Option(None, "--folder", "-f", help="where everything goes; runs/<experiment> by default"),
+    parameters: Optional[list[str]] = typer.Argument(
+        None, help="parameter=value ...; lists are separated by commas"
+    ),
+    folder: Path = typer.Option(
+        None, "--folder", "-f", help="where everything goes; runs/<experiment> by default"
+    ),
     scale: Optional[str] = typer.Option(None, help="smoke, embedded, paper; short for scale=..."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="print the plan - data, runs, steps, storage, hours - and run nothing"),
-    tflops: Optional[float] = typer.Option(None, help="with --dry-run: TFLOP/s that a GPU is assumed to sustain; 10 by default"),
-    output: Optional[Path] = typer.Option(None, "--output", "-o", help="with --dry-run: also write the plan as a table, plan.csv"),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="print the plan - data, runs, steps, storage, hours - and run nothing",
+    ),
+    tflops: Optional[float] = typer.Option(
+        None, help="with --dry-run: TFLOP/s that a GPU is assumed to sustain; 10 by default"
+    ),
+    output: Optional[Path] = typer.Option(
+        None, "--output", "-o", help="with --dry-run: also write the plan as a table, plan.csv"
+    ),
 ):
     "Execute an experiment notebook; what is done is not done again."
     from rg_tickets import notebooks
-    began, given = time.monotonic(), notebooks.parsed(experiment, [*(parameters or []), *([f"scale={scale}"] if scale else [])])
-    if dry_run: return _plan(experiment, given | ({"folder": str(folder)} if folder else {}), tflops, output)
-    if tflops is not None or output is not None: raise ValueError("--tflops and --output belong to a plan: add --dry-run")
+
+    began, given = (
+        time.monotonic(),
+        notebooks.parsed(experiment, [*(parameters or []), *([f"scale={scale}"] if scale else [])]),
+    )
+    if dry_run:
+        return _plan(
+            experiment, given | ({"folder": str(folder)} if folder else {}), tflops, output
+        )
+    if tflops is not None or output is not None:
+        raise ValueError("--tflops and --output belong to a plan: add --dry-run")
     folder = folder or Path(given.get("folder", Path("runs") / experiment))
-    typer.echo(f"{experiment}: everything goes to {folder}; a start after a break goes on where it was.")
-    with _stoppable(): notebooks.run(experiment, folder, given)
+    typer.echo(
+        f"{experiment}: everything goes to {folder}; a start after a break goes on where it was."
+    )
+    with _stoppable():
+        notebooks.run(experiment, folder, given)
     _done(folder, began)
 
 # %% ../nbs/41_cli.ipynb #ae2a2875
@@ -91,163 +157,322 @@ def demo(
 ):
     "Minutes, no network: two alphabets, three seeds, and their nulls."
     from rg_tickets import notebooks
+
     began = time.monotonic()
-    typer.echo(f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was.")
-    with _stoppable(): notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
+    typer.echo(
+        f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was."
+    )
+    with _stoppable():
+        notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
     _done(folder, began)
 
 # %% ../nbs/41_cli.ipynb #a5518ae1
 def _dry(study, folder):
     "Print the notebooks of a study, in order, and what each would run"
     from rg_tickets import batches
-    todo = study.jobs(); works = batches.check(todo)
+
+    todo = study.jobs()
+    works = batches.check(todo)
     typer.echo(f"{study.study}: {len(todo)} notebooks, runs go to {folder}\n")
     for job, work in zip(todo, works):
-        does = f"{len(work.runs)} runs{f', {len(work.crossings)} transfers' * bool(work.crossings)}" if work else "reads what is done"
-        waits = " ".join(f"{word} {', '.join(sorted({o.step for o in todo if o.id in ids}))};" for word, ids in (("needs", job.needs), ("after", job.after)) if ids)
-        typer.echo(f"  {str(job):<40.40} {job.experiment:<18} {does:<26} {waits.rstrip(';')}".rstrip())
+        does = (
+            f"{len(work.runs)} runs{f', {len(work.crossings)} transfers' * bool(work.crossings)}"
+            if work
+            else "reads what is done"
+        )
+        waits = " ".join(
+            f"{word} {', '.join(sorted({o.step for o in todo if o.id in ids}))};"
+            for word, ids in (("needs", job.needs), ("after", job.after))
+            if ids
+        )
+        typer.echo(
+            f"  {str(job):<40.40} {job.experiment:<18} {does:<26} {waits.rstrip(';')}".rstrip()
+        )
     typer.echo("\nWhat one of them costs: rg-tickets run EXPERIMENT parameter=value ... --dry-run")
 
 # %% ../nbs/41_cli.ipynb #2111c856
 @app.command()
 def study(
-    file: Optional[str] = typer.Argument(None, metavar="FILE|NAME", help="a study file (YAML), or a study that comes with the package"),
-    jobs: int = typer.Option(0, "--jobs", "-j", help="notebooks side by side; 0: one per GPU, or one"),
+    file: Optional[str] = typer.Argument(
+        None,
+        metavar="FILE|NAME",
+        help="a study file (YAML), or a study that comes with the package",
+    ),
+    jobs: int = typer.Option(
+        0, "--jobs", "-j", help="notebooks side by side; 0: one per GPU, or one"
+    ),
     executor: str = typer.Option("local", help="local, dask://HOST:PORT, slurm:FILE"),
-    folder: Optional[Path] = typer.Option(None, "--folder", "-f", help="where everything goes; by default as the study says"),
-    dry_run: bool = typer.Option(False, "--dry-run", help="check everything, print what would be run, and run nothing"),
-    list_studies: bool = typer.Option(False, "--list", help="name the studies that come with the package"),
+    folder: Optional[Path] = typer.Option(
+        None, "--folder", "-f", help="where everything goes; by default as the study says"
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="check everything, print what would be run, and run nothing"
+    ),
+    list_studies: bool = typer.Option(
+        False, "--list", help="name the studies that come with the package"
+    ),
 ):
     "Execute a study: many experiments in order, from a file."
     from rg_tickets import batches, executors
     from rg_tickets.basics import lookup
-    if list_studies or file is None: typer.echo("\n".join(f"{name}: {', '.join(dict.fromkeys(j.experiment for j in batches.read(name).jobs()))}" for name in batches.studies())); return
-    lookup(executor.partition(":")[0], executors.EXECUTORS, "executor"); plan = batches.read(file); folder = folder or Path(plan.folder or Path("runs") / plan.study)
-    if dry_run: return _dry(plan, folder)
+
+    if list_studies or file is None:
+        typer.echo(
+            "\n".join(
+                f"{name}: {', '.join(dict.fromkeys(j.experiment for j in batches.read(name).jobs()))}"
+                for name in batches.studies()
+            )
+        )
+        return
+    lookup(executor.partition(":")[0], executors.EXECUTORS, "executor")
+    plan = batches.read(file)
+    folder = folder or Path(plan.folder or Path("runs") / plan.study)
+    if dry_run:
+        return _dry(plan, folder)
     from rg_tickets import conduct
-    with _stoppable(): table = conduct.conduct(plan, folder, executor, jobs)
+
+    with _stoppable():
+        table = conduct.conduct(plan, folder, executor, jobs)
     _ended(folder, table)
+
 
 def _ended(folder, table):
     "Say what a study's end leaves to do; exit status 1 if something failed"
-    typer.echo("\n" + "\n".join(_failures(folder, table)) + f"\n{folder}: {', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())}")
-    if (table.state == "done").all(): return
-    typer.echo("rg-tickets: not all is done. The same command tries again what is missing, and nothing else.", err=True)
+    typer.echo(
+        "\n"
+        + "\n".join(_failures(folder, table))
+        + f"\n{folder}: {', '.join(f'{n} {state}' for state, n in table.state.value_counts().items())}"
+    )
+    if (table.state == "done").all():
+        return
+    typer.echo(
+        "rg-tickets: not all is done. The same command tries again what is missing, and nothing else.",
+        err=True,
+    )
     raise typer.Exit(1)
+
 
 def _failures(folder, table):
     "The end of each failed job's traceback, and where the whole is"
     for r in table[table.state == "failed"].itertuples():
-        path = folder / r.job / "error.txt"; text = path.read_text(encoding="utf-8").rstrip().splitlines() if path.exists() else []
-        yield from [f"--- {r.job}: {r.note}", *text[-15:], *([f"    the whole traceback: {path}"] if text else []), ""]
+        path = folder / r.job / "error.txt"
+        text = path.read_text(encoding="utf-8").rstrip().splitlines() if path.exists() else []
+        yield from [
+            f"--- {r.job}: {r.note}",
+            *text[-15:],
+            *([f"    the whole traceback: {path}"] if text else []),
+            "",
+        ]
 
 # %% ../nbs/41_cli.ipynb #2151b4e3
 @app.command()
 def status(folder: Path = typer.Argument(..., help="folder of a study")):
     "How far a study is, from what is on the disk."
     from rg_tickets import batches
+
     typer.echo("\n".join(batches.lines(batches.status(folder), most=1000, width=160)))
 
+
 @app.command()
-def show(path: Path = typer.Argument(..., metavar="FOLDER/JOB", help="folder of a job of a study, or of a single run")):
+def show(
+    path: Path = typer.Argument(
+        ..., metavar="FOLDER/JOB", help="folder of a job of a study, or of a single run"
+    ),
+):
     "All about one job or run: parameters, rounds, verdict, traceback."
     from rg_tickets import batches
+
     typer.echo("\n".join(batches.show(path)))
+
 
 @app.command()
 def collect(
     folder: Path = typer.Argument(..., help="folder of a study"),
     output: Optional[Path] = typer.Option(None, "--output", "-o", help="write the table as CSV"),
-    table: str = typer.Option("rounds", help="rounds: every round of every run; or a table that experiments leave: exponents, gaps, flow ..."),
+    table: str = typer.Option(
+        "rounds",
+        help="rounds: every round of every run; or a table that experiments leave: exponents, gaps, flow ...",
+    ),
 ):
     "One table of a study, as far as it got."
     from rg_tickets import batches
+
     found = batches.collect(folder, table)
-    if output is None: typer.echo(found.to_csv(index=False), nl=False); return
+    if output is None:
+        typer.echo(found.to_csv(index=False), nl=False)
+        return
     from rg_tickets.runs import write_csv
-    write_csv(output, found); typer.echo(f"{len(found)} rows: {output}")
+
+    write_csv(output, found)
+    typer.echo(f"{len(found)} rows: {output}")
 
 # %% ../nbs/41_cli.ipynb #b9ccde6c
 _RUN = "run or study of ours, table of flows (.csv), ticket (.safetensors), or folder of open_lth, CV_LTH, BERT-Tickets, torch.nn.utils.prune or (weights, mask) pairs"
-_KIND = typer.Option("auto", help="layout of another program: open_lth, bert_tickets, cv_lth, pairs, torch_prune")
-_AFTER = typer.Option(False, "--after", help="another program's files were written after pruning (pairs, torch_prune)")
+_KIND = typer.Option(
+    "auto", help="layout of another program: open_lth, bert_tickets, cv_lth, pairs, torch_prune"
+)
+_AFTER = typer.Option(
+    False, "--after", help="another program's files were written after pruning (pairs, torch_prune)"
+)
 _BY = typer.Option("block", help="parts of the network: tensor, block, stage, layer, role, part")
 _AGAINST = typer.Option(None, help="control to take away first: untrained, oneshot")
 _OUTPUT = typer.Option(None, "--output", "-o", help="write the table as CSV")
 _PLOT = typer.Option(None, help="write a figure: .png, .pdf, .svg")
 
+
 def _answer(lines, table, output, draw, plot):
     "Print an answer, and write table and figure where they are asked for"
     from rg_tickets import reports, runs
+
     typer.echo("\n".join(lines))
-    if output: runs.write_csv(output, table); typer.echo(f"\nTable: {output}")
-    if plot: typer.echo(f"Figure: {reports.save_figure(draw(), plot)}")
+    if output:
+        runs.write_csv(output, table)
+        typer.echo(f"\nTable: {output}")
+    if plot:
+        typer.echo(f"Figure: {reports.save_figure(draw(), plot)}")
+
 
 @app.command()
 def flow(
     path: str = typer.Argument(..., help=_RUN),
-    seed: Optional[int] = typer.Option(None, help="seed of a single run, where its files do not tell"),
-    task: Optional[str] = typer.Option(None, help="its task"), model: Optional[str] = typer.Option(None, help="its model"),
+    seed: Optional[int] = typer.Option(
+        None, help="seed of a single run, where its files do not tell"
+    ),
+    task: Optional[str] = typer.Option(None, help="its task"),
+    model: Optional[str] = typer.Option(None, help="its model"),
     window: str = typer.Option("all", help="rounds of the fit: all, matching"),
-    by: str = _BY, kind: str = _KIND, after: bool = _AFTER, plot: Optional[Path] = _PLOT,
-    output: Optional[Path] = typer.Option(None, "--output", "-o", help="write the flow as CSV, a row per run, round and tensor; every verb here reads it"),
+    by: str = _BY,
+    kind: str = _KIND,
+    after: bool = _AFTER,
+    plot: Optional[Path] = _PLOT,
+    output: Optional[Path] = typer.Option(
+        None,
+        "--output",
+        "-o",
+        help="write the flow as CSV, a row per run, round and tensor; every verb here reads it",
+    ),
 ):
     "How a run flows: exponents of its parts. Other programs' runs are read too, and none of their code is run."
     from rg_tickets import reports
+
     found = reports.flow_at(path, kind, after, seed, task=task, model=model)
-    _answer(reports.flow_report(found, by, window)[1], found.frame, output, lambda: reports.draw_flow(found, by, window), plot)
+    _answer(
+        reports.flow_report(found, by, window)[1],
+        found.frame,
+        output,
+        lambda: reports.draw_flow(found, by, window),
+        plot,
+    )
 
 # %% ../nbs/41_cli.ipynb #4aae5580
 @app.command()
 def audit(
     path: str = typer.Argument(..., help="folder of a run that another program made"),
-    initial: Optional[Path] = typer.Option(None, help="file of the weights before training, if the folder does not hold them"),
-    rate: Optional[float] = typer.Option(None, help="share removed per round that the run claims; a guess from its first pruning if not given"),
-    rule: str = typer.Option("geometric", help="the rate is of the survivors (geometric) or of all weights (arithmetic)"),
-    kind: str = _KIND, after: bool = _AFTER, output: Optional[Path] = _OUTPUT, plot: Optional[Path] = _PLOT,
+    initial: Optional[Path] = typer.Option(
+        None, help="file of the weights before training, if the folder does not hold them"
+    ),
+    rate: Optional[float] = typer.Option(
+        None,
+        help="share removed per round that the run claims; a guess from its first pruning if not given",
+    ),
+    rule: str = typer.Option(
+        "geometric", help="the rate is of the survivors (geometric) or of all weights (arithmetic)"
+    ),
+    kind: str = _KIND,
+    after: bool = _AFTER,
+    output: Optional[Path] = _OUTPUT,
+    plot: Optional[Path] = _PLOT,
 ):
     "Whether masks are what they claim to be. They should be nested, counted, in force, and ranked by the trained weights; exit status 1 if not."
     from rg_tickets import reports
+
     table, lines, wrong = reports.audit_report(path, kind, after, initial, rate, rule)
     _answer(lines, table, output, lambda: reports.draw_audit(table), plot)
-    if wrong: raise typer.Exit(1)
+    if wrong:
+        raise typer.Exit(1)
+
 
 @app.command()
 def compare(
-    runs: list[str] = typer.Argument(..., metavar="RUN...", help=_RUN + "; NAME=RUN names it, and runs of one name are its repetitions"),
-    window: str = typer.Option("all", help="rounds of the fit: all, or shared (where every system matches its dense network)"),
-    against: Optional[str] = _AGAINST, by: str = _BY, kind: str = _KIND, after: bool = _AFTER, output: Optional[Path] = _OUTPUT, plot: Optional[Path] = _PLOT,
+    runs: list[str] = typer.Argument(
+        ...,
+        metavar="RUN...",
+        help=_RUN + "; NAME=RUN names it, and runs of one name are its repetitions",
+    ),
+    window: str = typer.Option(
+        "all",
+        help="rounds of the fit: all, or shared (where every system matches its dense network)",
+    ),
+    against: Optional[str] = _AGAINST,
+    by: str = _BY,
+    kind: str = _KIND,
+    after: bool = _AFTER,
+    output: Optional[Path] = _OUTPUT,
+    plot: Optional[Path] = _PLOT,
 ):
     "Which systems flow alike, and which cannot be told apart."
     from rg_tickets import reports
-    table, lines, found = reports.compare_report(reports.together(runs, kind, after), against, by=by, window=window)
+
+    table, lines, found = reports.compare_report(
+        reports.together(runs, kind, after), against, by=by, window=window
+    )
     _answer(lines, table, output, lambda: reports.draw_classes(found), plot)
 
 # %% ../nbs/41_cli.ipynb #9860afd0
 @app.command()
 def predict(
-    target: str = typer.Option(..., help="run of the task that needs a ticket; the first rounds are enough"),
-    candidates: list[str] = typer.Option(..., metavar="RUN [RUN ...]", help="runs that have tickets; a study stands for all its tasks"),
+    target: str = typer.Option(
+        ..., help="run of the task that needs a ticket; the first rounds are enough"
+    ),
+    candidates: list[str] = typer.Option(
+        ...,
+        metavar="RUN [RUN ...]",
+        help="runs that have tickets; a study stands for all its tasks",
+    ),
     more: Optional[list[str]] = typer.Argument(None, metavar="[RUN]...", help="further candidates"),
-    transfers: Optional[Path] = typer.Option(None, help="CSV of transfers among the candidates; adds a probability"),
+    transfers: Optional[Path] = typer.Option(
+        None, help="CSV of transfers among the candidates; adds a probability"
+    ),
     rounds: Optional[int] = typer.Option(None, help="read rounds 0 to this one only"),
-    against: Optional[str] = _AGAINST, by: str = _BY, kind: str = _KIND, after: bool = _AFTER, output: Optional[Path] = _OUTPUT, plot: Optional[Path] = _PLOT,
+    against: Optional[str] = _AGAINST,
+    by: str = _BY,
+    kind: str = _KIND,
+    after: bool = _AFTER,
+    output: Optional[Path] = _OUTPUT,
+    plot: Optional[Path] = _PLOT,
 ):
     "Whose tickets should be tried first, by the distance of flows."
     from rg_tickets import reports
+
     gaps = reports.gaps_at(transfers) if transfers else None
-    table, lines = reports.predict_report(reports.together([target], kind, after), reports.together([*candidates, *(more or [])], kind, after), gaps, rounds, against, by=by)
+    table, lines = reports.predict_report(
+        reports.together([target], kind, after),
+        reports.together([*candidates, *(more or [])], kind, after),
+        gaps,
+        rounds,
+        against,
+        by=by,
+    )
     _answer(lines, table, output, lambda: reports.draw_prediction(table), plot)
 
 # %% ../nbs/41_cli.ipynb #e0bfa225
 def _said(e):
     "An error in words: of the system's errors what happened and to which file, without their numbers"
-    return f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.strerror and e.filename else e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+    return (
+        f"{e.strerror}: {e.filename}"
+        if isinstance(e, OSError) and e.strerror and e.filename
+        else e.strerror
+        if isinstance(e, OSError) and e.strerror
+        else str(e)
+    )
+
 
 def main():
     "Entry point of `rg-tickets`: what a user can mend is told in one line; exit status 2 for a mistake, 1 for what failed"
-    try: app()
+    try:
+        app()
     except (ValueError, OSError, RuntimeError, ImportError) as e:
-        if os.environ.get("RG_TICKETS_TRACEBACK"): raise
+        if os.environ.get("RG_TICKETS_TRACEBACK"):
+            raise
         typer.echo(f"rg-tickets: {_said(e)}", err=True)
         sys.exit(2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)

@@ -24,41 +24,63 @@ def _patient(folder, name, seconds):
     end = time.monotonic() + seconds
     while True:
         with contextlib.ExitStack() as stack:
-            try: stack.enter_context(alone(folder, name))
+            try:
+                stack.enter_context(alone(folder, name))
             except RuntimeError:
-                if time.monotonic() > end: raise
-            else: yield; return
-        time.sleep(.2)
+                if time.monotonic() > end:
+                    raise
+            else:
+                yield
+                return
+        time.sleep(0.2)
+
 
 def _traceback(path):
     "The traceback in an executed notebook, without colours"
-    try: cells = nbformat.read(path, 4).cells
-    except Exception: return None
-    found = [o for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    try:
+        cells = nbformat.read(path, 4).cells
+    except Exception:
+        return None
+    found = [
+        o for c in cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"
+    ]
     return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(found[0].traceback)) + "\n" if found else None
 
-def _files(folder): return {p: p.stat().st_mtime_ns for p in Path(folder).iterdir() if p.suffix in (".csv", ".png", ".txt") and p.is_file()}
+
+def _files(folder):
+    return {
+        p: p.stat().st_mtime_ns
+        for p in Path(folder).iterdir()
+        if p.suffix in (".csv", ".png", ".txt") and p.is_file()
+    }
+
 
 def _bring(before, runs, home):
     "Copy what a notebook wrote beside its runs to the job's own folder, where the next notebook will not write over it"
-    if home.resolve() == runs.resolve(): return
+    if home.resolve() == runs.resolve():
+        return
     for p, when in _files(runs).items():
         if before.get(p) != when:
-            with replacing(home / p.name) as tmp: shutil.copyfile(p, tmp)
+            with replacing(home / p.name) as tmp:
+                shutil.copyfile(p, tmp)
 
 # %% ../nbs/40h_conduct.ipynb #c63f9fc6
 def _attempt(kept, job, more):
     "Run a job's notebook; None, or what went wrong, with the traceback in error.txt"
-    home, runs = kept.home(job), writable(kept.runs(job)); before = _files(runs)
+    home, runs = kept.home(job), writable(kept.runs(job))
+    before = _files(runs)
     try:
-        with _patient(runs, ".lock", 60): pass  # what a killed worker had started takes a moment to notice
+        with _patient(runs, ".lock", 60):
+            pass  # what a killed worker had started takes a moment to notice
         notebooks.run(job.experiment, runs, job.parameters | more, home)
         _bring(before, runs, home)
     except Exception as e:
         told = _traceback(home / "notebook.ipynb") if isinstance(e, RunsFailed) else None
-        with contextlib.suppress(OSError): (home / "error.txt").write_text(told or traceback.format_exc(), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            (home / "error.txt").write_text(told or traceback.format_exc(), encoding="utf-8")
         return str(e) if isinstance(e, RunsFailed) else plainly(e)
     (home / "error.txt").unlink(missing_ok=True)
+
 
 def perform(
     folder: str,  # the study's, as this worker sees it
@@ -68,74 +90,144 @@ def perform(
     "Do a job here, unless it is done"
     os.environ["RG_TICKETS_PROGRESS"] = "off"
     kept = Kept(folder)
-    if not (kept.folder / "study.json").exists(): raise FileNotFoundError(f"{socket.gethostname()} does not see {folder}: a study's folder must be on a file system that all workers share")
+    if not (kept.folder / "study.json").exists():
+        raise FileNotFoundError(
+            f"{socket.gethostname()} does not see {folder}: a study's folder must be on a file system that all workers share"
+        )
     with _patient(writable(kept.home(job)), ".job.lock", math.inf):
-        if kept.done(job): return kept.note(job)
-        facts = dict(seen=kept.seen(job), before={p.parent.name: far(p.parent) for p in kept.runs(job).glob("*/progress.json")}, pid=os.getpid(), host=socket.gethostname(), began=time.time()); start = time.monotonic()
+        if kept.done(job):
+            return kept.note(job)
+        facts = dict(
+            seen=kept.seen(job),
+            before={p.parent.name: far(p.parent) for p in kept.runs(job).glob("*/progress.json")},
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            began=time.time(),
+        )
+        start = time.monotonic()
         kept.write(job, state="running", **facts)
         complaint = _attempt(kept, job, more or {})
-        kept.write(job, state="failed" if complaint else "done", **facts, ended=time.time(), took=time.monotonic() - start, token=uuid.uuid4().hex, **({"complaint": complaint} if complaint else {}))
+        kept.write(
+            job,
+            state="failed" if complaint else "done",
+            **facts,
+            ended=time.time(),
+            took=time.monotonic() - start,
+            token=uuid.uuid4().hex,
+            **({"complaint": complaint} if complaint else {}),
+        )
         return kept.note(job)
 
 # %% ../nbs/40h_conduct.ipynb #c2e7bab9
 ENDED = ("done", "failed", "waiting")
 
+
 class Conductor:
     "Gives a study's jobs to an executor"
+
     def __init__(self, kept, team, tries=3):
         self.kept, self.team, self.jobs, self.tries = kept, team, kept.jobs(), tries
         self.state, self.at_work, self.tried = {}, {}, Counter()
-        for j in self.jobs: self.turn(j, "done" if kept.done(j) else "queued")
+        for j in self.jobs:
+            self.turn(j, "done" if kept.done(j) else "queued")
 
     def turn(self, job, state, complaint=None):
         "Note a job's new state, on the disk too unless a worker did"
         self.state[job.id] = state
-        if state in ("queued", "waiting") or complaint: self.kept.write(job, state=state, **({"complaint": complaint} if complaint else {}))
+        if state in ("queued", "waiting") or complaint:
+            self.kept.write(job, state=state, **({"complaint": complaint} if complaint else {}))
 
     def ready(self, job):
         "Can it be started; a job that waits in vain is turned to waiting"
         lost = [i for i in job.needs if self.state[i] in ("failed", "waiting")]
-        if lost: self.turn(job, "waiting", f"needs {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}, which {'has' if len(lost) == 1 else 'have'} failed or waits"); return False
-        return all(self.state[i] == "done" for i in job.needs) and all(self.state[i] in ENDED for i in job.after) and job.folder not in {j.folder for j in self.at_work.values()}
+        if lost:
+            self.turn(
+                job,
+                "waiting",
+                f"needs {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}, which {'has' if len(lost) == 1 else 'have'} failed or waits",
+            )
+            return False
+        return (
+            all(self.state[i] == "done" for i in job.needs)
+            and all(self.state[i] in ENDED for i in job.after)
+            and job.folder not in {j.folder for j in self.at_work.values()}
+        )
 
     def give(self):
         "Submit what is ready"
         for j in self.jobs:
             if self.state[j.id] == "queued" and self.ready(j):
-                own = {"jobs": self.team.own} if "jobs" in notebooks.parameters(j.experiment) and "jobs" not in j.parameters and self.team.own else {}
-                self.state[j.id] = "running"; self.tried[j.id] += 1
-                self.at_work[self.team.executor.submit(perform, str(self.kept.folder.resolve()), j, own)] = j
+                own = (
+                    {"jobs": self.team.own}
+                    if "jobs" in notebooks.parameters(j.experiment)
+                    and "jobs" not in j.parameters
+                    and self.team.own
+                    else {}
+                )
+                self.state[j.id] = "running"
+                self.tried[j.id] += 1
+                self.at_work[
+                    self.team.executor.submit(perform, str(self.kept.folder.resolve()), j, own)
+                ] = j
 
 # %% ../nbs/40h_conduct.ipynb #cc5f353a
 _KILLED = "its worker was killed {} times (out of memory?); finished rounds are kept, start again with fewer jobs side by side"
 
+
 def _outcome(future):
     "(state, complaint) of a job that has come back; state None: its worker was killed"
-    try: note = future.result()
-    except futures.BrokenExecutor: return None, None
-    except futures.CancelledError: return "failed", "the connection to its worker was lost; start again, what is done stays done"
-    except Exception as e: return "failed", _KILLED.format("several") if type(e).__name__ == "KilledWorker" else f"{type(e).__name__}: {e}"
+    try:
+        note = future.result()
+    except futures.BrokenExecutor:
+        return None, None
+    except futures.CancelledError:
+        return (
+            "failed",
+            "the connection to its worker was lost; start again, what is done stays done",
+        )
+    except Exception as e:
+        return "failed", _KILLED.format("several") if type(
+            e
+        ).__name__ == "KilledWorker" else f"{type(e).__name__}: {e}"
     return note["state"], None
+
 
 @patch_to(Conductor)
 def take(self, seconds):
     "Wait for something to come back, and take it; jobs that are done, but have seen another outcome of it, are queued again"
     for f in futures.wait(self.at_work, timeout=seconds, return_when=futures.FIRST_COMPLETED).done:
-        job = self.at_work.pop(f); state, complaint = _outcome(f)
-        if state is None: state, complaint = ("queued", None) if self.tried[job.id] < self.tries else ("failed", _KILLED.format(self.tries))
+        job = self.at_work.pop(f)
+        state, complaint = _outcome(f)
+        if state is None:
+            state, complaint = (
+                ("queued", None)
+                if self.tried[job.id] < self.tries
+                else ("failed", _KILLED.format(self.tries))
+            )
         self.turn(job, state, complaint)
         for j in self.jobs:
-            if self.state[j.id] == "done" and job.id in (*j.needs, *j.after) and not self.kept.done(j): self.turn(j, "queued")
+            if (
+                self.state[j.id] == "done"
+                and job.id in (*j.needs, *j.after)
+                and not self.kept.done(j)
+            ):
+                self.turn(j, "queued")
+
 
 @patch_to(Conductor)
 def run(self, look, every):
     "Until nothing is left to do"
-    self.give(); look()
-    while self.at_work: self.take(every); self.give(); look()
+    self.give()
+    look()
+    while self.at_work:
+        self.take(every)
+        self.give()
+        look()
 
 # %% ../nbs/40h_conduct.ipynb #578a840b
 class Screen:
     "Shows how far a study is"
+
     def __init__(self, folder, out=None):
         self.folder, self.out, self.drawn, self.known = folder, out or sys.stdout, 0, {}
         self.live = hasattr(self.out, "isatty") and self.out.isatty()
@@ -144,10 +236,22 @@ class Screen:
         "Read the disk and show what there is"
         table = status(self.folder)
         if self.live:
-            size = shutil.get_terminal_size(); text = lines(table, max(3, size.lines - 4), size.columns - 1)
-            print((f"\x1b[{self.drawn}F\x1b[J" if self.drawn else "") + "\n".join(text), file=self.out, flush=True); self.drawn = len(text); return
+            size = shutil.get_terminal_size()
+            text = lines(table, max(3, size.lines - 4), size.columns - 1)
+            print(
+                (f"\x1b[{self.drawn}F\x1b[J" if self.drawn else "") + "\n".join(text),
+                file=self.out,
+                flush=True,
+            )
+            self.drawn = len(text)
+            return
         for r in table.rename(columns=dict(name="label")).itertuples():
-            if self.known.get(r.job, "queued") != r.state: print(f"{r.label}: {r.state}{' ' + r.at if r.state == 'done' else ''}{': ' + r.note if r.note else ''}", file=self.out, flush=True)
+            if self.known.get(r.job, "queued") != r.state:
+                print(
+                    f"{r.label}: {r.state}{' ' + r.at if r.state == 'done' else ''}{': ' + r.note if r.note else ''}",
+                    file=self.out,
+                    flush=True,
+                )
             self.known[r.job] = r.state
 
 # %% ../nbs/40h_conduct.ipynb #06eedb15
@@ -157,14 +261,24 @@ def conduct(
     executor: str | Team = "local",  # "local", "dask://HOST:PORT", "slurm:FILE", or a Team
     jobs: int = 0,  # workers; 0: one per GPU, or one
     out=None,  # where to show how far it is; standard output by default
-    every: float = 2.,  # seconds between looks
+    every: float = 2.0,  # seconds between looks
 ):  # a DataFrame: see `batches.status`
     "Do what is missing of a study; RuntimeError if another process is at it"
-    todo = study.jobs(); check(todo)
+    todo = study.jobs()
+    check(todo)
     folder = writable(folder or study.folder or Path("runs") / study.study)
-    with _patient(folder, ".study.lock", 1), (contextlib.nullcontext(executor) if isinstance(executor, Team) else team(executor, jobs)) as workers:
+    with (
+        _patient(folder, ".study.lock", 1),
+        (
+            contextlib.nullcontext(executor) if isinstance(executor, Team) else team(executor, jobs)
+        ) as workers,
+    ):
         kept, screen = Kept(folder), Screen(folder, out)
         kept.keep(study, todo)
-        print(f"{study.study}: {len(todo)} notebooks in {folder}, by {workers.about}", file=screen.out, flush=True)
+        print(
+            f"{study.study}: {len(todo)} notebooks in {folder}, by {workers.about}",
+            file=screen.out,
+            flush=True,
+        )
         Conductor(kept, workers).run(screen.look, every)
     return status(folder)

@@ -24,21 +24,37 @@ def reestimate(
     batches: int | None = None,  # how many, by default an epoch
 ) -> nn.Module:  # `network`, in the mode it was in
     "Batch-norm statistics as plain averages over training batches"
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    training, momenta = network.training, [m.momentum for m in norms]; network.eval()
-    for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+    norms = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    training, momenta = network.training, [m.momentum for m in norms]
+    network.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
     try:
         with seeded(seed, "reestimate"):
-            for batch in itertools.islice(task.data.to(next(network.parameters()).device).batches(seed, 0, batch_size), batches): network(batch[0])
+            for batch in itertools.islice(
+                task.data.to(next(network.parameters()).device).batches(seed, 0, batch_size),
+                batches,
+            ):
+                network(batch[0])
     finally:
-        for m, p in zip(norms, momenta): m.momentum = p
+        for m, p in zip(norms, momenta):
+            m.momentum = p
         network.train(training)
     return network
 
 # %% ../nbs/32b_connect.ipynb #1e9d196c
 def _between(a, b, alpha):
     "The state a fraction alpha of the way from a to b, exactly a and b at the ends; counters are a's"
-    return {k: torch.lerp(t, b[k].to(t), alpha) if t.is_floating_point() else t for k, t in a.items()}
+    return {
+        k: torch.lerp(t, b[k].to(t), alpha) if t.is_floating_point() else t for k, t in a.items()
+    }
+
 
 def connectivity(
     network: nn.Module,  # any network of the right shape; its own weights are put back in the end
@@ -47,22 +63,34 @@ def connectivity(
     task: Task,  # what to evaluate on
     points: int = 21,  # on the line, ends included
     recalibrate: bool = True,  # estimate batch-norm statistics anew at every point; False: interpolate them, too
-    seed: int = 0, batch_size: int = 128, batches: int | None = None,  # of the training data, as in `reestimate`
+    seed: int = 0,  # of the training data, as in `reestimate`
+    batch_size: int = 128,  # of the training data, as in `reestimate`
+    batches: int | None = None,  # of the training data, as in `reestimate`
 ) -> pd.DataFrame:  # a row per point: alpha, loss, metric (the task's first)
     "Loss and metric along the straight line between two solutions; evaluation only"
     mine = {k: t.detach().clone() for k, t in network.state_dict().items()}
     for name, w in (("weights_a", weights_a), ("weights_b", weights_b)):
-        wrong = [k for k in mine.keys() | w.keys() if k not in w or k not in mine or w[k].shape != mine[k].shape]
+        wrong = [
+            k
+            for k in mine.keys() | w.keys()
+            if k not in w or k not in mine or w[k].shape != mine[k].shape
+        ]
         if wrong:
-            raise ValueError(f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first")
-    if points < 2: raise ValueError(f"a line has two ends, and points={points}")
+            raise ValueError(
+                f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first"
+            )
+    if points < 2:
+        raise ValueError(f"a line has two ends, and points={points}")
     rows = []
     try:
         for alpha in np.linspace(0, 1, points).tolist():
             network.load_state_dict(_between(weights_a, weights_b, alpha))
-            if recalibrate: reestimate(network, task, seed, batch_size, batches)
-            scores = evaluate(task, network); rows.append(dict(alpha=alpha, loss=scores["loss"], metric=scores[task.metric]))
-    finally: network.load_state_dict(mine)
+            if recalibrate:
+                reestimate(network, task, seed, batch_size, batches)
+            scores = evaluate(task, network)
+            rows.append(dict(alpha=alpha, loss=scores["loss"], metric=scores[task.metric]))
+    finally:
+        network.load_state_dict(mine)
     return pd.DataFrame(rows)
 
 # %% ../nbs/32b_connect.ipynb #816b9559

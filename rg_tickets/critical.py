@@ -24,11 +24,18 @@ def curves(
     "The metric of every run against RG time, in the rounds that all seeds of a system have reached"
     f = flow.frame.drop_duplicates(LABELS + ["seed", "n"])[[*LABELS, "seed", "n", "t", "metric"]]
     seeds = f.groupby(LABELS).seed.transform("nunique")
-    return f[f.groupby(LABELS + ["n"]).seed.transform("nunique") == seeds].sort_values(LABELS + ["seed", "n"], kind="stable").reset_index(drop=True)
+    return (
+        f[f.groupby(LABELS + ["n"]).seed.transform("nunique") == seeds]
+        .sort_values(LABELS + ["seed", "n"], kind="stable")
+        .reset_index(drop=True)
+    )
+
 
 def _stack(g):
     "Times [rounds] and metric [seeds, rounds] of one system"
-    return g.groupby("n").t.mean().values, g.pivot(index="seed", columns="n", values="metric").values
+    return g.groupby("n").t.mean().values, g.pivot(
+        index="seed", columns="n", values="metric"
+    ).values
 
 # %% ../nbs/33b_critical.ipynb #9e1f1794
 def leaves(
@@ -38,28 +45,48 @@ def leaves(
     crossing: str = "last",  # "last" or "first" time that it is passed downwards
 ) -> float:  # RG time, inf if the last round still matches ("last") or no round fails ("first"), nan if round 0 fails and none recovers
     "The RG time at which a curve falls below the floor"
-    lookup(crossing, {"last": 0, "first": 0}, "crossing"); above = np.asarray(a) >= floor
+    lookup(crossing, {"last": 0, "first": 0}, "crossing")
+    above = np.asarray(a) >= floor
     down = np.flatnonzero(above[:-1] & ~above[1:])
-    if crossing == "last" and above[-1] or above.all(): return np.inf
-    if not len(down): return np.nan
+    if crossing == "last" and above[-1] or above.all():
+        return np.inf
+    if not len(down):
+        return np.nan
     n = down[-1 if crossing == "last" else 0]
     return float(t[n] + (t[n + 1] - t[n]) * (a[n] - floor) / (a[n] - a[n + 1]))
 
 # %% ../nbs/33b_critical.ipynb #58104196
 def _one_critical(t, a, crossing, level, draws, rng):
     "Critical time of one system, [seeds, rounds] -> dict"
-    S = len(a); sd = a[:, 0].std(ddof=1); at = lambda rows, sd=sd: leaves(t, m := a[rows].mean(0), m[0] - sd, crossing)
-    tc, out = at(np.arange(S)), dict(seeds=S, dense=a[:, 0].mean(), floor=a[:, 0].mean() - sd, last=t[-1])
-    if not np.isfinite(tc): return out | dict(kind="beyond", t=np.inf, se=np.nan, low=t[-1], high=np.inf)
-    depths = sd * np.sqrt(rng.chisquare(S - 1, draws) / (S - 1))  # how far the floor lies below the dense mean is itself known from S seeds only
-    drawn = np.array([at(*o) for o in zip(rng.integers(S, size=(draws, S)), depths)]); kept = drawn[np.isfinite(drawn)]
-    se = kept.std() * np.sqrt(S / (S - 1)); half = stats.t.ppf((1 + level) / 2, S - 1) * se
-    return out | dict(kind="left", t=tc, se=se, low=max(0., tc - half), high=np.inf if np.isinf(drawn).mean() > .05 or tc + half > t[-1] else tc + half)
+    S = len(a)
+    sd = a[:, 0].std(ddof=1)
+    at = lambda rows, sd=sd: leaves(t, m := a[rows].mean(0), m[0] - sd, crossing)
+    tc, out = (
+        at(np.arange(S)),
+        dict(seeds=S, dense=a[:, 0].mean(), floor=a[:, 0].mean() - sd, last=t[-1]),
+    )
+    if not np.isfinite(tc):
+        return out | dict(kind="beyond", t=np.inf, se=np.nan, low=t[-1], high=np.inf)
+    depths = sd * np.sqrt(
+        rng.chisquare(S - 1, draws) / (S - 1)
+    )  # how far the floor lies below the dense mean is itself known from S seeds only
+    drawn = np.array([at(*o) for o in zip(rng.integers(S, size=(draws, S)), depths)])
+    kept = drawn[np.isfinite(drawn)]
+    se = kept.std() * np.sqrt(S / (S - 1))
+    half = stats.t.ppf((1 + level) / 2, S - 1) * se
+    return out | dict(
+        kind="left",
+        t=tc,
+        se=se,
+        low=max(0.0, tc - half),
+        high=np.inf if np.isinf(drawn).mean() > 0.05 or tc + half > t[-1] else tc + half,
+    )
+
 
 def critical(
     flow: Flow,  # any number of systems, at least two seeds each
     crossing: str = "last",  # as in `leaves`
-    level: float = .95,  # of the interval
+    level: float = 0.95,  # of the interval
     draws: int = 1000,  # bootstrap samples of seeds
     seed: int = 0,  # of the bootstrap
 ) -> pd.DataFrame:  # a row per LABELS: kind ("left", "beyond"), t, se, low, high, density, density_low, density_high, floor, dense, last (round's t), seeds
@@ -68,10 +95,38 @@ def critical(
     for labels, g in curves(flow).groupby(LABELS, sort=False):
         t, a = _stack(g)
         if len(a) < 2:
-            raise ValueError(f"the matching regime is defined by the scatter over seeds, and {' / '.join(labels)} has one: give at least two, three for a claim")
-        o = _one_critical(t, a, crossing, level, draws, np.random.default_rng(stream(seed, "critical", *labels)))
-        rows.append(dict(zip(LABELS, labels)) | o | dict(density=np.exp(-o["t"]), density_low=np.exp(-o["high"]), density_high=np.exp(-o["low"])))
-    return pd.DataFrame(rows)[[*LABELS, "kind", "t", "se", "low", "high", "density", "density_low", "density_high", "floor", "dense", "last", "seeds"]]
+            raise ValueError(
+                f"the matching regime is defined by the scatter over seeds, and {' / '.join(labels)} has one: give at least two, three for a claim"
+            )
+        o = _one_critical(
+            t, a, crossing, level, draws, np.random.default_rng(stream(seed, "critical", *labels))
+        )
+        rows.append(
+            dict(zip(LABELS, labels))
+            | o
+            | dict(
+                density=np.exp(-o["t"]),
+                density_low=np.exp(-o["high"]),
+                density_high=np.exp(-o["low"]),
+            )
+        )
+    return pd.DataFrame(rows)[
+        [
+            *LABELS,
+            "kind",
+            "t",
+            "se",
+            "low",
+            "high",
+            "density",
+            "density_low",
+            "density_high",
+            "floor",
+            "dense",
+            "last",
+            "seeds",
+        ]
+    ]
 
 # %% ../nbs/33b_critical.ipynb #9c72b870
 def plot_critical(
@@ -80,56 +135,90 @@ def plot_critical(
     ax=None,  # axes to draw on, new by default
 ) -> plt.Axes:
     "Metric minus the dense networks' against RG time, with one standard deviation over seeds; below, the critical times and their intervals"
-    table = critical(flow) if table is None else table; ax = bare(ax, size=(5, 3.4))
-    vary = [k for k in LABELS if table[k].nunique() > 1] or ["task"]; data = curves(flow); foot = []
+    table = critical(flow) if table is None else table
+    ax = bare(ax, size=(5, 3.4))
+    vary = [k for k in LABELS if table[k].nunique() > 1] or ["task"]
+    data = curves(flow)
+    foot = []
     for i, (row, colour) in enumerate(zip(table.itertuples(), cycle(SERIES))):
         t, a = _stack(data[np.logical_and.reduce([data[k] == getattr(row, k) for k in LABELS])])
-        ax.errorbar(t, (a - row.dense).mean(0), a.std(0, ddof=1), fmt="o-", ms=3, lw=1, color=colour, label=" · ".join(getattr(row, k) for k in vary), capsize=1.5)
+        ax.errorbar(
+            t,
+            (a - row.dense).mean(0),
+            a.std(0, ddof=1),
+            fmt="o-",
+            ms=3,
+            lw=1,
+            color=colour,
+            label=" · ".join(getattr(row, k) for k in vary),
+            capsize=1.5,
+        )
         foot.append((row, colour))
-    low = ax.get_ylim()[0]; step = .045 * (ax.get_ylim()[1] - low)
+    low = ax.get_ylim()[0]
+    step = 0.045 * (ax.get_ylim()[1] - low)
     for i, (row, colour) in enumerate(foot):
-        y = low - (i + 1) * step; end = min(row.high, row.last)
+        y = low - (i + 1) * step
+        end = min(row.high, row.last)
         ax.plot([row.low, end], [y, y], color=colour, lw=1.5)
         ax.plot(min(row.t, row.last), y, "|" if row.kind == "left" else ">", color=colour, ms=7)
-        if np.isinf(row.high) and row.kind == "left": ax.plot(end, y, ">", color=colour, ms=4)
-    zero_line(ax); legend(ax, fontsize=7); ax.set(xlabel=TIME, ylabel="metric minus dense")
+        if np.isinf(row.high) and row.kind == "left":
+            ax.plot(end, y, ">", color=colour, ms=4)
+    zero_line(ax)
+    legend(ax, fontsize=7)
+    ax.set(xlabel=TIME, ylabel="metric minus dense")
     return ax
 
 # %% ../nbs/33b_critical.ipynb #7a733ca6
 def _line(x, y, w, at):
     "Weighted straight lines through points, [points, ...], their values at `at` [...] and the variances of those"
-    K, Kx, Kxx, Ky, Kxy = (o.sum(0) for o in (w, w * x, w * x * x, w * y, w * x * y)); D = K * Kxx - Kx**2
+    K, Kx, Kxx, Ky, Kxy = (o.sum(0) for o in (w, w * x, w * x * x, w * y, w * x * y))
+    D = K * Kxx - Kx**2
     with np.errstate(divide="ignore", invalid="ignore"):
         flat = D <= 1e-12 * K * Kxx  # one place only: the mean
-        return np.where(flat, Ky / K, (Kxx * Ky - Kx * Kxy + at * (K * Kxy - Kx * Ky)) / D), np.where(flat, 1 / K, (Kxx - 2 * at * Kx + at**2 * K) / D)
+        return np.where(
+            flat, Ky / K, (Kxx * Ky - Kx * Kxy + at * (K * Kxy - Kx * Ky)) / D
+        ), np.where(flat, 1 / K, (Kxx - 2 * at * Kx + at**2 * K) / D)
+
 
 def _beside(x, other):
     "The two points of another curve next to each x, [3, 2, points]: x, y, weight (0 outside its range)"
-    X, Y, D = other; j = np.clip(np.searchsorted(X, x) - 1, 0, len(X) - 2); j = np.stack([j, j + 1])
-    return X[j], Y[j], np.where((X[0] <= x) & (x <= X[-1]), 1 / D[j]**2, 0.)
+    X, Y, D = other
+    j = np.clip(np.searchsorted(X, x) - 1, 0, len(X) - 2)
+    j = np.stack([j, j + 1])
+    return X[j], Y[j], np.where((X[0] <= x) & (x <= X[-1]), 1 / D[j] ** 2, 0.0)
+
 
 def _misses(data, a, least):
     "By how much points miss the other curves, squared, and the variances of that; None without overlap"
-    size, t, y, dy = (data[k].values.astype(float) for k in ("size", "t", "y", "dy")); terms = []
-    order = np.lexsort((t, size)); size, t, y, dy = size[order], t[order], y[order], dy[order]
-    parts = [(t[m] - a * np.log(o), y[m], dy[m]) for o in np.unique(size) if (m := size == o).sum() > 1]
+    size, t, y, dy = (data[k].values.astype(float) for k in ("size", "t", "y", "dy"))
+    terms = []
+    order = np.lexsort((t, size))
+    size, t, y, dy = size[order], t[order], y[order], dy[order]
+    parts = [
+        (t[m] - a * np.log(o), y[m], dy[m]) for o in np.unique(size) if (m := size == o).sum() > 1
+    ]
     for k, (x, y, dy) in enumerate(parts):
         near = [_beside(x, o) for m, o in enumerate(parts) if m != k]
-        if not near: return None
-        X, Y, W = (np.concatenate(o) for o in zip(*near)); seen = W.sum(0) > 0
-        value, var = _line(X[:, seen], Y[:, seen], W[:, seen], x[seen]); terms.append(((y[seen] - value)**2, dy[seen]**2 + var))
-    if not terms or sum(len(o) for o, _ in terms) < max(1, least * len(data)): return None
+        if not near:
+            return None
+        X, Y, W = (np.concatenate(o) for o in zip(*near))
+        seen = W.sum(0) > 0
+        value, var = _line(X[:, seen], Y[:, seen], W[:, seen], x[seen])
+        terms.append(((y[seen] - value) ** 2, dy[seen] ** 2 + var))
+    if not terms or sum(len(o) for o, _ in terms) < max(1, least * len(data)):
+        return None
     return tuple(np.concatenate(o) for o in zip(*terms))
 
 # %% ../nbs/33b_critical.ipynb #b623e68f
 def quality(
     data: pd.DataFrame,  # columns size, t, y, dy; a curve per size, two points at least
     a: float,  # exponent of the shift
-    least: float = .5,  # fraction of points that must lie within another curve
+    least: float = 0.5,  # fraction of points that must lie within another curve
 ) -> float:  # S; 1 is as good as errors allow, inf without overlap
     "Houdayer and Hartmann's measure of the collapse of curves y(t - a ln size)"
     found = _misses(data, a, least)
     return np.inf if found is None else float((found[0] / found[1]).mean())
+
 
 def _cost(data, a, least):
     "Minus the log-likelihood of the misses, per point"
@@ -144,16 +233,31 @@ def averaged(
     parts = []
     for size, g in data.groupby("size"):
         y = g.pivot(index="seed", columns="t", values="y")
-        if len(y) < 2: raise ValueError(f"size {size:g} has one seed, and so no errors: give at least two")
-        var = y.var(ddof=1); parts.append(pd.DataFrame(dict(size=size, t=y.columns, y=y.mean().values, dy=np.sqrt((var + var.mean()) / 2 / len(y)).values)))
+        if len(y) < 2:
+            raise ValueError(f"size {size:g} has one seed, and so no errors: give at least two")
+        var = y.var(ddof=1)
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    size=size,
+                    t=y.columns,
+                    y=y.mean().values,
+                    dy=np.sqrt((var + var.mean()) / 2 / len(y)).values,
+                )
+            )
+        )
     return pd.concat(parts, ignore_index=True)
+
 
 def _redrawn(data, mean, rng):
     "Mean curves as they might have come out: other seeds, or points moved within their errors"
-    if "seed" not in data: return mean.assign(y=mean.y + mean.dy * rng.normal(size=len(mean)))
+    if "seed" not in data:
+        return mean.assign(y=mean.y + mean.dy * rng.normal(size=len(mean)))
     parts = []
     for size, g in data.groupby("size"):
-        y = g.pivot(index="seed", columns="t", values="y"); S = len(y); weight = np.bincount(rng.integers(S, size=S), minlength=S) / S
+        y = g.pivot(index="seed", columns="t", values="y")
+        S = len(y)
+        weight = np.bincount(rng.integers(S, size=S), minlength=S) / S
         parts.append(y.mean().values + np.sqrt(S / (S - 1)) * ((weight - 1 / S) @ y.values))
     return mean.assign(y=np.concatenate(parts))
 
@@ -161,6 +265,7 @@ def _redrawn(data, mean, rng):
 @dataclass
 class Collapse:
     "A fitted finite-size collapse"
+
     a: float  # exponent of the shift
     se: float  # its standard error
     low: float  # of the 95 % interval
@@ -174,32 +279,55 @@ class Collapse:
         "Do the shifted curves agree within about twice their errors"
         return self.S < 4
 
+
 def _least(data, grid, least):
     "The exponent with the best collapse: on the grid, and then on a finer one around it"
-    S = np.array([_cost(data, a, least) for a in grid]); i = int(np.argmin(S)); h = grid[1] - grid[0]
-    if not np.isfinite(S[i]): raise ValueError(f"no shift between {grid[0]:g} and {grid[-1]:g} makes the curves overlap: give a wider range, or longer curves")
-    fine = np.linspace(grid[i] - h, grid[i] + h, 21); S = np.array([_cost(data, a, least) for a in fine])
+    S = np.array([_cost(data, a, least) for a in grid])
+    i = int(np.argmin(S))
+    h = grid[1] - grid[0]
+    if not np.isfinite(S[i]):
+        raise ValueError(
+            f"no shift between {grid[0]:g} and {grid[-1]:g} makes the curves overlap: give a wider range, or longer curves"
+        )
+    fine = np.linspace(grid[i] - h, grid[i] + h, 21)
+    S = np.array([_cost(data, a, least) for a in fine])
     return float(fine[int(np.argmin(S))])
 
 # %% ../nbs/33b_critical.ipynb #fd82d046
 def collapse(
     data: pd.DataFrame,  # from `sized`: size, seed, t, y; or means with errors: size, t, y, dy; at least two sizes
-    span: tuple = (-3., 3.),  # exponents to search
+    span: tuple = (-3.0, 3.0),  # exponents to search
     steps: int = 61,  # grid points
     draws: int = 24,  # data sets drawn anew, for the error
     seed: int = 0,  # of the draws
-    least: float = .5,  # as in `quality`
+    least: float = 0.5,  # as in `quality`
 ) -> Collapse:
     "The shift t - a ln(size) that lays curves of several sizes on each other best"
-    if data["size"].nunique() < 2: raise ValueError("a collapse needs curves of at least two sizes")
+    if data["size"].nunique() < 2:
+        raise ValueError("a collapse needs curves of at least two sizes")
     mean = averaged(data) if "seed" in data else data
-    if not (mean.dy > 0).all(): raise ValueError(f"{int((~(mean.dy > 0)).sum())} points have no error dy: S is measured in units of it")
-    grid, rng = np.linspace(*span, steps), np.random.default_rng(stream(seed, "collapse")); a = _least(mean, grid, least); h = grid[1] - grid[0]
+    if not (mean.dy > 0).all():
+        raise ValueError(
+            f"{int((~(mean.dy > 0)).sum())} points have no error dy: S is measured in units of it"
+        )
+    grid, rng = np.linspace(*span, steps), np.random.default_rng(stream(seed, "collapse"))
+    a = _least(mean, grid, least)
+    h = grid[1] - grid[0]
     near = np.linspace(max(span[0], a - 8 * h), min(span[1], a + 8 * h), 17)
     drawn = np.array([_least(_redrawn(data, mean, rng), near, least) for _ in range(draws)])
-    S = quality(mean, a, least); se = drawn.std(ddof=1) * np.sqrt(max(1., S))
-    dof = data.groupby("size").seed.nunique().sub(1).sum() if "seed" in data else np.inf; half = stats.t.ppf(.975, dof) * se
-    return Collapse(a, float(se), float(a - half), float(a + half), S, quality(mean, 0., least), mean.reset_index(drop=True))
+    S = quality(mean, a, least)
+    se = drawn.std(ddof=1) * np.sqrt(max(1.0, S))
+    dof = data.groupby("size").seed.nunique().sub(1).sum() if "seed" in data else np.inf
+    half = stats.t.ppf(0.975, dof) * se
+    return Collapse(
+        a,
+        float(se),
+        float(a - half),
+        float(a + half),
+        S,
+        quality(mean, 0.0, least),
+        mean.reset_index(drop=True),
+    )
 
 # %% ../nbs/33b_critical.ipynb #b18aedec
 def sized(
@@ -210,11 +338,18 @@ def sized(
     "Curves of models of several sizes, ready for `collapse`"
     data = curves(flow)
     if len(data[["task", "control"]].drop_duplicates()) > 1:
-        raise ValueError("a collapse is of one task and one control: choose, flow.where(task=..., control=...)")
-    data = data.assign(size=[lookup(o, size, "model") for o in data.model], t=data.groupby(["model", "n"]).t.transform("mean"))
-    dense = data.groupby(["model", "seed"]).metric.transform("first") if relative else 0.
+        raise ValueError(
+            "a collapse is of one task and one control: choose, flow.where(task=..., control=...)"
+        )
+    data = data.assign(
+        size=[lookup(o, size, "model") for o in data.model],
+        t=data.groupby(["model", "n"]).t.transform("mean"),
+    )
+    dense = data.groupby(["model", "seed"]).metric.transform("first") if relative else 0.0
     data = data.assign(y=data.metric - dense)
-    return (data[data.n > 0] if relative else data)[["size", "seed", "t", "y"]].reset_index(drop=True)  # relative to itself the dense network has no error
+    return (data[data.n > 0] if relative else data)[["size", "seed", "t", "y"]].reset_index(
+        drop=True
+    )  # relative to itself the dense network has no error
 
 # %% ../nbs/33b_critical.ipynb #d1bf6150
 def plot_collapse(
@@ -222,12 +357,30 @@ def plot_collapse(
     axes=None,  # two axes, before and after; new by default
 ) -> tuple:  # the two axes
     "Curves of all sizes before and after the shift"
-    axes = axes if axes is not None else plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]
+    axes = (
+        axes
+        if axes is not None
+        else plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")[1]
+    )
     sizes = sorted(fitted.data["size"].unique())
-    for ax, a, S in ((axes[0], 0., fitted.S0), (axes[1], fitted.a, fitted.S)):
+    for ax, a, S in ((axes[0], 0.0, fitted.S0), (axes[1], fitted.a, fitted.S)):
         for size, colour in zip(sizes, shades(len(sizes))):
             g = fitted.data[fitted.data["size"] == size]
-            ax.errorbar(g.t - a * np.log(size), g.y, g.dy, fmt="o-", ms=3, lw=1, color=colour, label=f"size {size:g}")
-        ax.set_title(f"a = {a:.2f}" + (f" ± {fitted.se:.2f}" if a else "") + f",  S = {S:.2g}", fontsize=10); bare(ax)
-    axes[0].set(xlabel=TIME, ylabel="metric minus dense"); axes[1].set(xlabel="t - a ln(size)"); legend(axes[0])
+            ax.errorbar(
+                g.t - a * np.log(size),
+                g.y,
+                g.dy,
+                fmt="o-",
+                ms=3,
+                lw=1,
+                color=colour,
+                label=f"size {size:g}",
+            )
+        ax.set_title(
+            f"a = {a:.2f}" + (f" ± {fitted.se:.2f}" if a else "") + f",  S = {S:.2g}", fontsize=10
+        )
+        bare(ax)
+    axes[0].set(xlabel=TIME, ylabel="metric minus dense")
+    axes[1].set(xlabel="t - a ln(size)")
+    legend(axes[0])
     return tuple(axes)

@@ -26,26 +26,43 @@ from .tickets import Ticket, digest
 def _sound(found, where):
     "A stage's map, destination -> source, as a tuple of sources; what cannot be built is refused with the reason"
     sources, bad = list(found.values()), None
-    if 0 not in sources: bad = "block 0 is dropped; it changes width and resolution and no other block can take its place: write 0:0"
-    elif sources.count(0) > 1: bad = "block 0 is replicated; it changes width and resolution, which happens once per stage: write 0:0"
-    elif found.get(0) != 0: bad = "block 0 is moved; the block that changes width and resolution comes first: write 0:0"
-    elif gap := sorted(set(range(max(found) + 1)) - set(found)): bad = f"nothing goes to destination {', '.join(map(str, gap))}, though {max(found)} is filled: give every destination a source"
-    if bad: raise ValueError(f"this block map cannot be built{where}: {bad}")
+    if 0 not in sources:
+        bad = "block 0 is dropped; it changes width and resolution and no other block can take its place: write 0:0"
+    elif sources.count(0) > 1:
+        bad = "block 0 is replicated; it changes width and resolution, which happens once per stage: write 0:0"
+    elif found.get(0) != 0:
+        bad = "block 0 is moved; the block that changes width and resolution comes first: write 0:0"
+    elif gap := sorted(set(range(max(found) + 1)) - set(found)):
+        bad = f"nothing goes to destination {', '.join(map(str, gap))}, though {max(found)} is filled: give every destination a source"
+    if bad:
+        raise ValueError(f"this block map cannot be built{where}: {bad}")
     return tuple(found[j] for j in range(len(found)))
+
 
 @dataclass(frozen=True)
 class BlockMap:
     "Where every residual block of a target network comes from"
+
     stages: tuple  # per stage the source block of each target block, e.g. (0, 1, 1, 2, 2); a single stage serves all
 
     def __post_init__(self):
-        object.__setattr__(self, "stages", tuple(_sound(dict(enumerate(s)), self._where(i, self.stages)) for i, s in enumerate(self.stages)))
+        object.__setattr__(
+            self,
+            "stages",
+            tuple(
+                _sound(dict(enumerate(s)), self._where(i, self.stages))
+                for i, s in enumerate(self.stages)
+            ),
+        )
 
     @staticmethod
-    def _where(i, stages): return f" in stage {i + 1}" if len(stages) > 1 else ""
+    def _where(i, stages):
+        return f" in stage {i + 1}" if len(stages) > 1 else ""
 
     def __str__(self):
-        line = lambda s: ";".join(f"{i}:{','.join(str(j) for j, o in enumerate(s) if o == i)}" for i in sorted(set(s)))
+        line = lambda s: ";".join(
+            f"{i}:{','.join(str(j) for j, o in enumerate(s) if o == i)}" for i in sorted(set(s))
+        )
         return "|".join(map(line, self.stages))
 
 # %% ../nbs/32_elastic.ipynb #5f839362
@@ -58,30 +75,55 @@ def parse(
         found, where = {}, BlockMap._where(i, lines)
         for part in line.strip().rstrip(";").split(";"):
             m = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
-            if not m: raise ValueError(f"{part!r} is no part of a block map{where}: write source:destination[,destination...], as in '0:0;1:1,2;2:3,4'")
+            if not m:
+                raise ValueError(
+                    f"{part!r} is no part of a block map{where}: write source:destination[,destination...], as in '0:0;1:1,2;2:3,4'"
+                )
             for j in map(int, m[2].split(",")):
                 if j in found:
-                    raise ValueError(f"this block map cannot be built{where}: destination {j} is filled twice, by blocks {found[j]} and {int(m[1])}: give it one source")
+                    raise ValueError(
+                        f"this block map cannot be built{where}: destination {j} is filled twice, by blocks {found[j]} and {int(m[1])}: give it one source"
+                    )
                 found[j] = int(m[1])
         stages.append(_sound(found, where))
     return BlockMap(tuple(stages))
 
 # %% ../nbs/32_elastic.ipynb #513958e0
-BLOCKS = {f"cifar_resnet{6 * D + 2}": (D,) * 3 for D in range(1, 19)} | {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}  # model -> blocks per stage
+BLOCKS = {f"cifar_resnet{6 * D + 2}": (D,) * 3 for D in range(1, 19)} | {
+    "resnet18": (2, 2, 2, 2),
+    "resnet26": (2, 3, 4, 3),
+    "resnet34": (3, 4, 6, 3),
+}  # model -> blocks per stage
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.(.+)")
+
 
 def blocks(
     of,  # a name in `BLOCKS`, the depth of a CIFAR ResNet, blocks per stage, a Ticket, a network, or names of tensors
 ) -> tuple:  # residual blocks per stage
     "How many residual blocks each stage has"
-    if isinstance(of, (str, int)): return lookup(f"cifar_resnet{of}" if isinstance(of, int) else of, BLOCKS, "residual network")
-    names = of.weights if isinstance(of, Ticket) else of.state_dict() if isinstance(of, nn.Module) else of
-    if not all(isinstance(k, str) for k in names): return tuple(names)
+    if isinstance(of, (str, int)):
+        return lookup(
+            f"cifar_resnet{of}" if isinstance(of, int) else of, BLOCKS, "residual network"
+        )
+    names = (
+        of.weights
+        if isinstance(of, Ticket)
+        else of.state_dict()
+        if isinstance(of, nn.Module)
+        else of
+    )
+    if not all(isinstance(k, str) for k in names):
+        return tuple(names)
     found = {(int(m[1]), int(m[2])) for k in names if (m := _BLOCK.match(k))}
-    count = tuple(sum(s == i for s, _ in found) for i in range(1, max([s for s, _ in found], default=0) + 1))
+    count = tuple(
+        sum(s == i for s, _ in found) for i in range(1, max([s for s, _ in found], default=0) + 1)
+    )
     if not count or found != {(i + 1, j) for i, n in enumerate(count) for j in range(n)}:
-        raise ValueError("there are no residual stages here: tensors of a ResNet are called layer1.0.conv1.weight, layer1.1..., without gaps")
+        raise ValueError(
+            "there are no residual stages here: tensors of a ResNet are called layer1.0.conv1.weight, layer1.1..., without gaps"
+        )
     return count
+
 
 def fitted(
     mapping: BlockMap | str,  # a map, or its notation
@@ -91,15 +133,28 @@ def fitted(
     "The map stage by stage, if every block it names exists and every block of the target is filled"
     have, stages = blocks(source), (parse(mapping) if isinstance(mapping, str) else mapping).stages
     if len(stages) not in (1, len(have)):
-        raise ValueError(f"this map has {len(stages)} stages and the source {len(have)}: give one for all, or one for each, joined by '|'")
-    stages = stages * (len(have) // len(stages)); want = blocks(target) if target is not None else tuple(map(len, stages))
-    if len(want) != len(have): raise ValueError(f"the source has {len(have)} stages and the target {len(want)}: blocks cannot be carried between them")
+        raise ValueError(
+            f"this map has {len(stages)} stages and the source {len(have)}: give one for all, or one for each, joined by '|'"
+        )
+    stages = stages * (len(have) // len(stages))
+    want = blocks(target) if target is not None else tuple(map(len, stages))
+    if len(want) != len(have):
+        raise ValueError(
+            f"the source has {len(have)} stages and the target {len(want)}: blocks cannot be carried between them"
+        )
     for i, (s, n, m) in enumerate(zip(stages, have, want)):
-        if max(s) >= n: raise ValueError(f"stage {i + 1} of the source has no block {max(s)}: it has blocks 0 to {n - 1}")
+        if max(s) >= n:
+            raise ValueError(
+                f"stage {i + 1} of the source has no block {max(s)}: it has blocks 0 to {n - 1}"
+            )
         if len(s) < m:
-            raise ValueError(f"the target needs {m} blocks in stage {i + 1}, and the map fills {len(s)}: destination {', '.join(map(str, range(len(s), m)))} is missing")
+            raise ValueError(
+                f"the target needs {m} blocks in stage {i + 1}, and the map fills {len(s)}: destination {', '.join(map(str, range(len(s), m)))} is missing"
+            )
         if len(s) > m:
-            raise ValueError(f"the target has {m} blocks in stage {i + 1}, and the map fills {len(s)}: leave destination {', '.join(map(str, range(m, len(s))))} out")
+            raise ValueError(
+                f"the target has {m} blocks in stage {i + 1}, and the map fills {len(s)}: leave destination {', '.join(map(str, range(m, len(s))))} out"
+            )
     return stages
 
 # %% ../nbs/32_elastic.ipynb #766afc3a
@@ -107,9 +162,15 @@ def _normal(source, target, grow, name):
     "Numbers of normal blocks; a strategy that goes the other way is refused"
     s, t = source - 1, target - 1
     if t > 0 and s < 1:
-        raise ValueError(f"{name}: a stage of {source} block has only the one that changes width; there is no normal block to put at {t} places")
-    if (t < s) if grow else (t > s): raise ValueError(f"{name} {'replicates' if grow else 'drops'} blocks, and {source} are to become {target}: take one of {', '.join(k for k, o in STRATEGIES.items() if o[1] is not None and o[1] != grow)}")
+        raise ValueError(
+            f"{name}: a stage of {source} block has only the one that changes width; there is no normal block to put at {t} places"
+        )
+    if (t < s) if grow else (t > s):
+        raise ValueError(
+            f"{name} {'replicates' if grow else 'drops'} blocks, and {source} are to become {target}: take one of {', '.join(k for k, o in STRATEGIES.items() if o[1] is not None and o[1] != grow)}"
+        )
     return s, t
+
 
 def interpolate(
     source: int,  # blocks of the source's stage, block 0 included
@@ -119,20 +180,26 @@ def interpolate(
     s, t = _normal(source, target, True, "interpolate")
     return (0, *(i for i in range(1, s + 1) for _ in range(t // s + (i <= t % s))))
 
+
 def append(
-    source: int, target: int,  # blocks, as in `interpolate`
+    source: int,  # blocks, as in `interpolate`
+    target: int,  # blocks, as in `interpolate`
 ) -> tuple:  # source block of each target block
     "Repeat the whole sequence behind itself: 1 2 1 2"
     s, t = _normal(source, target, True, "append")
     return (0, *(1 + j % s for j in range(t)))
 
+
 def partial(
-    source: int, target: int,  # blocks, as in `interpolate`
+    source: int,  # blocks, as in `interpolate`
+    target: int,  # blocks, as in `interpolate`
     how: str = "head",  # the head as a group, 1 2 1 2 3 4, or "interpolated", 1 1 2 2 3 4
 ) -> tuple:  # source block of each target block
     "Repeat only as many of the first blocks as are missing"
-    if lookup(how, {"head": False, "interpolated": True}, "partial fit"): return interpolate(source, target)
-    s, t = _normal(source, target, True, "partial"); q, r = divmod(t, s) if s else (0, 0)
+    if lookup(how, {"head": False, "interpolated": True}, "partial fit"):
+        return interpolate(source, target)
+    s, t = _normal(source, target, True, "partial")
+    q, r = divmod(t, s) if s else (0, 0)
     return (0, *list(range(1, r + 1)) * (q + 1), *list(range(r + 1, s + 1)) * q)
 
 # %% ../nbs/32_elastic.ipynb #a3aaf961
@@ -143,29 +210,50 @@ def squeeze(
 ) -> tuple:  # source block of each target block
     "Leave blocks out"
     s, t = _normal(source, target, False, how)
-    take = {"interval": lambda j: j * s // t, "drop-tail": lambda j: j, "drop-head": lambda j: s - t + j}
+    take = {
+        "interval": lambda j: j * s // t,
+        "drop-tail": lambda j: j,
+        "drop-head": lambda j: s - t + j,
+    }
     return (0, *(1 + lookup(how, take, "way to squeeze")(j) for j in range(t)))
+
 
 def reorder(
     source: int,  # blocks of the source's stage
     target: int,  # as many
-    order: tuple | None = None,  # source blocks of destinations 1, 2, ...; None: neighbours change places
+    order: tuple  # source blocks of destinations 1, 2, ...; None: neighbours change places
+    | None = None,  # source blocks of destinations 1, 2, ...; None: neighbours change places
 ) -> tuple:  # source block of each target block
     "The same blocks in another order"
-    if source != target: raise ValueError(f"reorder keeps the number of blocks, and {source} are to become {target}")
-    order = [min(j + 1 if j % 2 else j - 1, source - 1) for j in range(1, source)] if order is None else order
-    if sorted(order) != list(range(1, source)): raise ValueError(f"{tuple(order)} is not an order of blocks 1 to {source - 1}: name each once")
+    if source != target:
+        raise ValueError(f"reorder keeps the number of blocks, and {source} are to become {target}")
+    order = (
+        [min(j + 1 if j % 2 else j - 1, source - 1) for j in range(1, source)]
+        if order is None
+        else order
+    )
+    if sorted(order) != list(range(1, source)):
+        raise ValueError(
+            f"{tuple(order)} is not an order of blocks 1 to {source - 1}: name each once"
+        )
     return (0, *order)
 
 # %% ../nbs/32_elastic.ipynb #824ecb9c
 STRATEGIES = {  # name -> (blocks, blocks) -> source of each target block; does it stretch (None: neither)
-    "interpolate": (interpolate, True), "append": (append, True), "partial-head": (partial, True),
-    "interval": (squeeze, False), "drop-tail": (lambda s, t: squeeze(s, t, "drop-tail"), False), "drop-head": (lambda s, t: squeeze(s, t, "drop-head"), False),
-    "reorder": (reorder, None)}
+    "interpolate": (interpolate, True),
+    "append": (append, True),
+    "partial-head": (partial, True),
+    "interval": (squeeze, False),
+    "drop-tail": (lambda s, t: squeeze(s, t, "drop-tail"), False),
+    "drop-head": (lambda s, t: squeeze(s, t, "drop-head"), False),
+    "reorder": (reorder, None),
+}
+
 
 def _written(stages):
     "Stages as a map: a CIFAR network that has one for all says it once"
     return BlockMap(stages[:1] if len(stages) == 3 and len(set(stages)) == 1 else tuple(stages))
+
 
 def block_map(
     strategy: str,  # a name in `STRATEGIES`
@@ -174,46 +262,77 @@ def block_map(
 ) -> BlockMap:
     "The map a strategy makes between two networks, stage by stage"
     make, a, b = lookup(strategy, STRATEGIES, "strategy")[0], blocks(source), blocks(target)
-    if len(a) != len(b): raise ValueError(f"the source has {len(a)} stages and the target {len(b)}: blocks cannot be carried between them")
+    if len(a) != len(b):
+        raise ValueError(
+            f"the source has {len(a)} stages and the target {len(b)}: blocks cannot be carried between them"
+        )
     return _written(tuple(make(s, t) for s, t in zip(a, b)))
 
 # %% ../nbs/32_elastic.ipynb #82ea58fa
 def plot_map(
     sources: tuple,  # source block of each target block of one stage, e.g. (0, 1, 1, 2, 2)
-    count: int | None = None,  # blocks of the source's stage, by default up to the last one that is used
+    count: int  # blocks of the source's stage, by default up to the last one that is used
+    | None = None,  # blocks of the source's stage, by default up to the last one that is used
     title: str = "",  # over the axes
     ax=None,  # axes to draw on, new by default
 ) -> plt.Axes:
     "One stage of a map as arrows from the source's blocks to the target's; a dropped block is grey"
     ax, count = ax or plt.subplots(figsize=(2.5, 2))[1], count or max(sources) + 1
     colours, middle = shades(count), (len(sources) - count) / 2
-    for j, i in enumerate(sources): ax.annotate("", (j, .86), (i + middle, .14), arrowprops=dict(arrowstyle="->", color=colours[i], lw=1.4))
+    for j, i in enumerate(sources):
+        ax.annotate(
+            "",
+            (j, 0.86),
+            (i + middle, 0.14),
+            arrowprops=dict(arrowstyle="->", color=colours[i], lw=1.4),
+        )
     for y, row in ((0, range(count)), (1, sources)):
         for j, i in enumerate(row):
             colour = colours[i] if i in sources else PALETTE["unresolved"]
-            ax.text(j + (0 if y else middle), y, str(j), ha="center", va="center", fontsize=8, color="white", bbox=dict(boxstyle="round", fc=colour, ec="none"))
+            ax.text(
+                j + (0 if y else middle),
+                y,
+                str(j),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white",
+                bbox=dict(boxstyle="round", fc=colour, ec="none"),
+            )
     side = max(0, count - len(sources)) / 2
-    ax.set(xlim=(-.6 - side, len(sources) - .4 + side), ylim=(-.25, 1.25), title=title); ax.title.set_fontsize(9); ax.axis("off")
+    ax.set(xlim=(-0.6 - side, len(sources) - 0.4 + side), ylim=(-0.25, 1.25), title=title)
+    ax.title.set_fontsize(9)
+    ax.axis("off")
     return ax
 
 # %% ../nbs/32_elastic.ipynb #7a746224
 def _targets(name, stages):
     "(stage, block), name of every copy of a tensor"
-    if not (m := _BLOCK.match(name)): return [((0, 0), name)]
-    return [((int(m[1]), j), f"layer{m[1]}.{j}.{m[3]}") for j, i in enumerate(stages[int(m[1]) - 1]) if i == int(m[2])]
+    if not (m := _BLOCK.match(name)):
+        return [((0, 0), name)]
+    return [
+        ((int(m[1]), j), f"layer{m[1]}.{j}.{m[3]}")
+        for j, i in enumerate(stages[int(m[1]) - 1])
+        if i == int(m[2])
+    ]
+
 
 def _copies(tensors, stages):
     "The target's tensors, in the order of its modules; every copy has its own memory"
     seen, out = False, []
     for k, t in tensors.items():
         seen = seen or bool(_BLOCK.match(k))
-        out += [((math.inf, 0) if seen and not at[0] else at, new, t) for at, new in _targets(k, stages)]
+        out += [
+            ((math.inf, 0) if seen and not at[0] else at, new, t) for at, new in _targets(k, stages)
+        ]
     return {new: t.clone() for _, new, t in sorted(out, key=lambda o: o[0])}
+
 
 def _model(counts, names):
     "What a network with these blocks is called"
     basic = not any(k.startswith("layer1.0.conv3.") for k in names)
     return next((k for k, v in BLOCKS.items() if basic and v == counts), f"resnet{list(counts)}")
+
 
 def stretch(
     ticket: Ticket,  # the source's, not changed
@@ -222,26 +341,48 @@ def stretch(
 ) -> Ticket:  # without rounds; `about["stretched"]` says from what, by which map, and every round's density here and there
     "A ticket for another depth; a map that does not fit source or target is a ValueError with the reason"
     if mapping in STRATEGIES:
-        if target is None: raise ValueError(f"{mapping!r} is a strategy and needs to know for what: give the target, e.g. 32 or 'resnet34'")
+        if target is None:
+            raise ValueError(
+                f"{mapping!r} is a strategy and needs to know for what: give the target, e.g. 32 or 'resnet34'"
+            )
         mapping = block_map(mapping, ticket, target)
-    stages = fitted(mapping, ticket, target); h = ticket.history
-    history = MaskHistory(_copies(h.died, stages), h.rounds); every = range(h.rounds + 1)
+    stages = fitted(mapping, ticket, target)
+    h = ticket.history
+    history = MaskHistory(_copies(h.died, stages), h.rounds)
+    every = range(h.rounds + 1)
     sha = digest(ticket.weights | {f"died {k}": d for k, d in h.died.items()})
-    origin = dict(map=str(_written(stages)), model=ticket.about.get("model"), sha256=sha, source_density=[h.density(n) for n in every],
-                  density=[history.density(n) for n in every], before=ticket.about.get("stretched"))
-    about = {k: v for k, v in ticket.about.items() if k not in ("initial", "masks")} | dict(model=_model(tuple(map(len, stages)), ticket.weights), stretched=origin)
-    return replace(ticket, weights=_copies(ticket.weights, stages), history=history, rounds=[], about=about)
+    origin = dict(
+        map=str(_written(stages)),
+        model=ticket.about.get("model"),
+        sha256=sha,
+        source_density=[h.density(n) for n in every],
+        density=[history.density(n) for n in every],
+        before=ticket.about.get("stretched"),
+    )
+    about = {k: v for k, v in ticket.about.items() if k not in ("initial", "masks")} | dict(
+        model=_model(tuple(map(len, stages)), ticket.weights), stretched=origin
+    )
+    return replace(
+        ticket, weights=_copies(ticket.weights, stages), history=history, rounds=[], about=about
+    )
 
 # %% ../nbs/32_elastic.ipynb #3a53028b
 def drift(
     ticket: Ticket,  # what `stretch` gave
 ) -> pd.DataFrame:  # a row per round: n, source (its density), realised, t (RG time realised), and the density in each stage
     "The density of a stretched ticket beside its source's"
-    if "stretched" not in ticket.about: raise ValueError("this ticket was not stretched: give what `stretch` made")
-    h, at = ticket.history, groups(list(ticket.history.died), "stage"); said = ticket.about["stretched"]; rows = []
+    if "stretched" not in ticket.about:
+        raise ValueError("this ticket was not stretched: give what `stretch` made")
+    h, at = ticket.history, groups(list(ticket.history.died), "stage")
+    said = ticket.about["stretched"]
+    rows = []
     for n in range(h.rounds + 1):
-        alive = pd.Series(h.alive(n)).groupby(at, sort=False).sum(); total = pd.Series({k: d.numel() for k, d in h.died.items()}).groupby(at, sort=False).sum()
-        rows.append(dict(n=n, source=said["source_density"][n], realised=h.density(n), t=h.time(n)) | (alive / total).to_dict())
+        alive = pd.Series(h.alive(n)).groupby(at, sort=False).sum()
+        total = pd.Series({k: d.numel() for k, d in h.died.items()}).groupby(at, sort=False).sum()
+        rows.append(
+            dict(n=n, source=said["source_density"][n], realised=h.density(n), t=h.time(n))
+            | (alive / total).to_dict()
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/32_elastic.ipynb #e788094a
@@ -254,11 +395,28 @@ def at_density(
     h, keep = ticket.history, round(density * ticket.history.total)
     n = next((n for n in range(h.rounds + 1) if sum(h.alive(n).values()) <= keep), None)
     if n is None or keep > h.total:
-        raise ValueError(f"this ticket reaches densities from {h.density():.4f} to 1, not {density}: prune further, or ask for more")
-    last = torch.cat([(d == n).flatten() for d in h.died.values()]); dead = last.nonzero().flatten(); back = torch.zeros_like(last)
-    back[dead[torch.randperm(len(dead), generator=generator(seed, "mask", "at_density"))[:keep - sum(h.alive(n).values())].to(dead.device)]] = True
-    died = {k: torch.where((d > n) | b.view(d.shape), ALIVE, d).to(d.dtype) for (k, d), b in zip(h.died.items(), back.split([d.numel() for d in h.died.values()]))}
-    return replace(ticket, history=MaskHistory(died, n), about=ticket.about | dict(at_density=dict(density=density, seed=seed)))
+        raise ValueError(
+            f"this ticket reaches densities from {h.density():.4f} to 1, not {density}: prune further, or ask for more"
+        )
+    last = torch.cat([(d == n).flatten() for d in h.died.values()])
+    dead = last.nonzero().flatten()
+    back = torch.zeros_like(last)
+    back[
+        dead[
+            torch.randperm(len(dead), generator=generator(seed, "mask", "at_density"))[
+                : keep - sum(h.alive(n).values())
+            ].to(dead.device)
+        ]
+    ] = True
+    died = {
+        k: torch.where((d > n) | b.view(d.shape), ALIVE, d).to(d.dtype)
+        for (k, d), b in zip(h.died.items(), back.split([d.numel() for d in h.died.values()]))
+    }
+    return replace(
+        ticket,
+        history=MaskHistory(died, n),
+        about=ticket.about | dict(at_density=dict(density=density, seed=seed)),
+    )
 
 # %% ../nbs/32_elastic.ipynb #18b7baf3
 def predicted(
@@ -267,41 +425,92 @@ def predicted(
 ) -> list:  # of plain dicts, a round each, for `Flow.of`
     "The rounds a stretched ticket would have if every copy flowed as its source did"
     stages, out = fitted(mapping, ticket), []
-    for r in ticket.rounds[:ticket.history.rounds + 1]:
+    for r in ticket.rounds[: ticket.history.rounds + 1]:
         found = {t["tensor"]: t for t in r["tensors"]}
-        new = [dict(found[k], tensor=name) for _, name, k in sorted((at, name, k) for k in found for at, name in _targets(k, stages))]
+        new = [
+            dict(found[k], tensor=name)
+            for _, name, k in sorted(
+                (at, name, k) for k in found for at, name in _targets(k, stages)
+            )
+        ]
         density = sum(t["alive"] for t in new) / sum(t["count"] for t in new)
         out.append(dict(r, density=density, time=-math.log(density), tensors=new))
-    if not out: raise ValueError("this ticket holds no rounds, so there is no flow to carry over: give the source's own ticket, not a stretched one")
+    if not out:
+        raise ValueError(
+            "this ticket holds no rounds, so there is no flow to carry over: give the source's own ticket, not a stretched one"
+        )
     return out
 
 # %% ../nbs/32_elastic.ipynb #651b75f4
 @dataclass
 class _Parts:
     "What each block of the source brings into any target, at every point of a path of pruning"
+
     names: list  # groups of tensors: stem, layer1.0, ...
     count: np.ndarray  # [groups] N_i
     alive: np.ndarray  # [points, groups]
     l1: np.ndarray  # [points, groups] A_i
     t: np.ndarray | None = None  # [rounds] RG times to fit; None: those of the points
 
+
 def _flow_parts(ticket, n, rounds, weights):
     "From the rounds the ticket's run measured"
     if rounds is not None or weights is not None:
-        raise ValueError("rounds and weights are for predict='free'; the measured flow has the rounds and weights of its run")
-    if not ticket.rounds: raise ValueError("this ticket holds no rounds, so there is no flow to carry over: give the source's own ticket, or predict='free'")
-    f = pd.DataFrame([dict(n=r["n"], **t) for r in ticket.rounds[:n + 1] for t in r["tensors"]]); f["group"] = f.tensor.map(groups(list(f.tensor.unique())))
-    wide = lambda what: f.pivot_table(index="n", columns="group", values=what, aggfunc="sum", sort=False)
-    return _Parts(list(wide("l1")), wide("count").values[0].astype(float), wide("alive").values.astype(float), wide("l1").values)
+        raise ValueError(
+            "rounds and weights are for predict='free'; the measured flow has the rounds and weights of its run"
+        )
+    if not ticket.rounds:
+        raise ValueError(
+            "this ticket holds no rounds, so there is no flow to carry over: give the source's own ticket, or predict='free'"
+        )
+    f = pd.DataFrame([dict(n=r["n"], **t) for r in ticket.rounds[: n + 1] for t in r["tensors"]])
+    f["group"] = f.tensor.map(groups(list(f.tensor.unique())))
+    wide = lambda what: f.pivot_table(
+        index="n", columns="group", values=what, aggfunc="sum", sort=False
+    )
+    return _Parts(
+        list(wide("l1")),
+        wide("count").values[0].astype(float),
+        wide("alive").values.astype(float),
+        wide("l1").values,
+    )
+
 
 def _free_parts(ticket, n, rounds, weights):
     "From the magnitudes of the survivors, at thresholds close enough to interpolate between"
-    masks = ticket.history.mask(n); at = groups(list(masks)); names = list(dict.fromkeys(at.values())); weights = ticket.weights if weights is None else weights
-    v = [np.sort(torch.cat([weights[k][m.cpu()].abs().double().flatten() for k, m in masks.items() if at[k] == g]).cpu().numpy()) for g in names]
-    pool, t = np.sort(np.concatenate(v)), times() if rounds is None else times(rounds); fine = np.linspace(0, t[-1] + 1, 1024)
-    tau = np.r_[0., pool[np.minimum(len(pool) - 1, (len(pool) * (1 - np.exp(-fine[1:]))).astype(int))]]
-    cut = [np.searchsorted(o, tau, side="right") for o in v]; sums = [np.r_[0., o[::-1].cumsum()][::-1] for o in v]
-    return _Parts(names, np.array([float(len(o)) for o in v]), np.array([len(o) - c for o, c in zip(v, cut)], float).T, np.array([s[c] for s, c in zip(sums, cut)]).T, t)
+    masks = ticket.history.mask(n)
+    at = groups(list(masks))
+    names = list(dict.fromkeys(at.values()))
+    weights = ticket.weights if weights is None else weights
+    v = [
+        np.sort(
+            torch.cat(
+                [
+                    weights[k][m.cpu()].abs().double().flatten()
+                    for k, m in masks.items()
+                    if at[k] == g
+                ]
+            )
+            .cpu()
+            .numpy()
+        )
+        for g in names
+    ]
+    pool, t = np.sort(np.concatenate(v)), times() if rounds is None else times(rounds)
+    fine = np.linspace(0, t[-1] + 1, 1024)
+    tau = np.r_[
+        0.0, pool[np.minimum(len(pool) - 1, (len(pool) * (1 - np.exp(-fine[1:]))).astype(int))]
+    ]
+    cut = [np.searchsorted(o, tau, side="right") for o in v]
+    sums = [np.r_[0.0, o[::-1].cumsum()][::-1] for o in v]
+    return _Parts(
+        names,
+        np.array([float(len(o)) for o in v]),
+        np.array([len(o) - c for o, c in zip(v, cut)], float).T,
+        np.array([s[c] for s, c in zip(sums, cut)]).T,
+        t,
+    )
+
 
 PREDICTORS = {"flow": _flow_parts, "free": _free_parts}  # name -> what is known of each block
 
@@ -309,26 +518,41 @@ PREDICTORS = {"flow": _flow_parts, "free": _free_parts}  # name -> what is known
 def _at(parts, c):
     "(RG times, ln A of each group, ln A of the whole) of one target with counts `c`, at the points to fit"
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = math.log(parts.count @ c) - np.log(parts.alive @ c); A = np.c_[parts.l1, parts.l1 @ c]
-        if parts.t is None: return t, np.log(A)
-        ok = np.isfinite(t); t, first = np.unique(t[ok], return_index=True)
+        t = math.log(parts.count @ c) - np.log(parts.alive @ c)
+        A = np.c_[parts.l1, parts.l1 @ c]
+        if parts.t is None:
+            return t, np.log(A)
+        ok = np.isfinite(t)
+        t, first = np.unique(t[ok], return_index=True)
         return parts.t, np.log(np.stack([np.interp(parts.t, t, o) for o in A[ok][first].T], 1))
+
 
 def _sigma(parts, c):
     "[groups] predicted exponents of one target's blocks, and their RG times; rounds in which a block has died are left out"
-    t, y = _at(parts, c); ok = np.isfinite(y).all(1) & np.isfinite(t)
-    if ok.sum() < 3: raise ValueError(f"a block dies after {ok.sum()} rounds, and a slope needs three: choose an earlier round n, or fewer rounds")
-    d = t[ok] - t[ok].mean(); a = d @ y[ok] / (d @ d)
+    t, y = _at(parts, c)
+    ok = np.isfinite(y).all(1) & np.isfinite(t)
+    if ok.sum() < 3:
+        raise ValueError(
+            f"a block dies after {ok.sum()} rounds, and a slope needs three: choose an earlier round n, or fewer rounds"
+        )
+    d = t[ok] - t[ok].mean()
+    a = d @ y[ok] / (d @ d)
     return a[:-1] - a[-1]
 
 # %% ../nbs/32_elastic.ipynb #36041d6b
 _RESIDUAL = re.compile(r"layer\d+\.\d+$")
 
+
 def _choices(s, t, ordered):
     "Every stage map from s blocks to t"
-    pick = {(True, True): itertools.combinations_with_replacement, (True, False): lambda o, r: itertools.product(o, repeat=r),
-            (False, True): itertools.combinations, (False, False): itertools.permutations}
+    pick = {
+        (True, True): itertools.combinations_with_replacement,
+        (True, False): lambda o, r: itertools.product(o, repeat=r),
+        (False, True): itertools.combinations,
+        (False, False): itertools.permutations,
+    }
     return [(0, *o) for o in pick[t > s, ordered](range(1, s), t - 1)]
+
 
 def every_map(
     source,  # as in `blocks`
@@ -339,43 +563,81 @@ def every_map(
 ) -> list:  # of tuples, per stage the source block of each target block
     "The whole search space; one that is larger than `limit` is a ValueError that says how large"
     a, b = blocks(source), blocks(target)
-    if len(a) != len(b): raise ValueError(f"the source has {len(a)} stages and the target {len(b)}: blocks cannot be carried between them")
-    together = together and len(set(zip(a, b))) == 1; sizes = [_size(s - 1, t - 1, ordered) for s, t in zip(a, b)]
+    if len(a) != len(b):
+        raise ValueError(
+            f"the source has {len(a)} stages and the target {len(b)}: blocks cannot be carried between them"
+        )
+    together = together and len(set(zip(a, b))) == 1
+    sizes = [_size(s - 1, t - 1, ordered) for s, t in zip(a, b)]
     size = sizes[0] if together else math.prod(sizes)
-    if not size: raise ValueError("the source has a stage without normal blocks, and the target needs some there")
-    if size > limit: raise ValueError(f"there are {size:,} maps, more than limit={limit:,}: take " + " or ".join([o for o, on in (("ordered=True", not ordered), ("together=True", not together and len(set(zip(a, b))) == 1), ("a larger limit", True)) if on]))
-    if together: return [(o,) * len(a) for o in _choices(a[0], b[0], ordered)]
+    if not size:
+        raise ValueError(
+            "the source has a stage without normal blocks, and the target needs some there"
+        )
+    if size > limit:
+        raise ValueError(
+            f"there are {size:,} maps, more than limit={limit:,}: take "
+            + " or ".join(
+                [
+                    o
+                    for o, on in (
+                        ("ordered=True", not ordered),
+                        ("together=True", not together and len(set(zip(a, b))) == 1),
+                        ("a larger limit", True),
+                    )
+                    if on
+                ]
+            )
+        )
+    if together:
+        return [(o,) * len(a) for o in _choices(a[0], b[0], ordered)]
     return list(itertools.product(*(_choices(s, t, ordered) for s, t in zip(a, b))))
+
 
 def _size(s, t, ordered):
     "How many stage maps there are from s normal blocks to t"
-    if t > s: return math.comb(s + t - 1, t) if ordered else s**t
+    if t > s:
+        return math.comb(s + t - 1, t) if ordered else s**t
     return math.comb(s, t) if ordered else math.perm(s, t)
 
 # %% ../nbs/32_elastic.ipynb #2a2c5558
 def _wanted(target, positions):
     "[positions] exponents to come near to"
-    given = target.set_index("group").sigma if isinstance(target, pd.DataFrame) else pd.Series(target)
+    given = (
+        target.set_index("group").sigma if isinstance(target, pd.DataFrame) else pd.Series(target)
+    )
     lack = [g for g in positions if g not in given or not np.isfinite(given[g]).all()]
-    if lack or given.index.duplicated().any(): raise ValueError(f"the target's flow has no exponent for {', '.join(lack[:3])}: give sigma by block of a network of that depth" if lack else "the target's flow names a block twice: choose one task, model and control")
+    if lack or given.index.duplicated().any():
+        raise ValueError(
+            f"the target's flow has no exponent for {', '.join(lack[:3])}: give sigma by block of a network of that depth"
+            if lack
+            else "the target's flow names a block twice: choose one task, model and control"
+        )
     return given[positions].values
+
 
 def _named(source, target):
     "Notation -> names of the strategies that make it"
     out = {}
     for name, (_, grows) in STRATEGIES.items():
-        try: out.setdefault(str(block_map(name, source, target)), []).append(name)
-        except ValueError: pass
+        try:
+            out.setdefault(str(block_map(name, source, target)), []).append(name)
+        except ValueError:
+            pass
     return {k: ", ".join(v) for k, v in out.items()}
+
 
 def _scores(parts, index, c, wanted):
     "[maps] spread of the predicted exponents, or their distance from the wanted ones; `index`: [maps, positions] source group of each target block"
-    kinds, of = np.unique(c, axis=0, return_inverse=True); of = of.reshape(-1)
+    kinds, of = np.unique(c, axis=0, return_inverse=True)
+    of = of.reshape(-1)
     sigma, block = np.stack([_sigma(parts, k) for k in kinds]), np.unique(index)
-    if wanted is not None: return np.sqrt(((sigma[of[:, None], index] - wanted)**2).mean(1))
-    times_used, s = kinds[:, block], sigma[:, block]; total = times_used.sum(1, keepdims=True)
+    if wanted is not None:
+        return np.sqrt(((sigma[of[:, None], index] - wanted) ** 2).mean(1))
+    times_used, s = kinds[:, block], sigma[:, block]
+    total = times_used.sum(1, keepdims=True)
     mean = (times_used * s).sum(1, keepdims=True) / total
-    return np.sqrt((times_used * (s - mean)**2).sum(1) / total[:, 0])[of]
+    return np.sqrt((times_used * (s - mean) ** 2).sum(1) / total[:, 0])[of]
 
 # %% ../nbs/32_elastic.ipynb #b44ce1dd
 def guided(
@@ -383,20 +645,49 @@ def guided(
     depth,  # the target: a CIFAR depth, a name in `BLOCKS`, or blocks per stage
     target=None,  # exponents to come near to: a table with group and sigma, or group -> sigma; None: as uniform as possible
     predict: str = "flow",  # a name in `PREDICTORS`
-    n: int | None = None,  # after how many prunings, by default the last: "flow" fits rounds up to n, "free" takes the survivors of round n
+    n: int  # after how many prunings, by default the last: "flow" fits rounds up to n, "free" takes the survivors of round n
+    | None = None,  # after how many prunings, by default the last: "flow" fits rounds up to n, "free" takes the survivors of round n
     rounds: int | None = None,  # for "free": prunings of 20 % to look ahead, 12 by default
-    weights: dict | None = None,  # for "free": magnitudes to use instead of the rewind weights', name -> tensor, e.g. trained ones
-    ordered: bool = True, together: bool = True, limit: int = 100_000,  # which maps, as in `every_map`
+    weights: dict  # for "free": magnitudes to use instead of the rewind weights', name -> tensor, e.g. trained ones
+    | None = None,  # for "free": magnitudes to use instead of the rewind weights', name -> tensor, e.g. trained ones
+    ordered: bool = True,  # which maps, as in `every_map`
+    together: bool = True,  # which maps, as in `every_map`
+    limit: int = 100_000,  # which maps, as in `every_map`
 ) -> pd.DataFrame:  # best first: map, score (spread of sigma, or rms distance), density (after n prunings), strategy (a name, if it is one of them), forward
     "All maps to another depth, ranked by the flow they are predicted to have; nothing is trained"
-    n = ticket.history.rounds if n is None else n; maps = every_map(ticket, depth, ordered, together, limit)
-    parts = lookup(predict, PREDICTORS, "predictor")(ticket, n, rounds, weights); column = {g: i for i, g in enumerate(parts.names)}
-    index = np.array([[column[f"layer{s + 1}.{i}"] for s, stage in enumerate(m) for i in stage] for m in maps])
+    n = ticket.history.rounds if n is None else n
+    maps = every_map(ticket, depth, ordered, together, limit)
+    parts = lookup(predict, PREDICTORS, "predictor")(ticket, n, rounds, weights)
+    column = {g: i for i, g in enumerate(parts.names)}
+    index = np.array(
+        [[column[f"layer{s + 1}.{i}"] for s, stage in enumerate(m) for i in stage] for m in maps]
+    )
     fixed = np.array([not _RESIDUAL.match(g) for g in parts.names], float)
     c = fixed + (index[:, :, None] == np.arange(len(fixed))).sum(1)
-    wanted = None if target is None else _wanted(target, [f"layer{s + 1}.{j}" for s, stage in enumerate(maps[0]) for j in range(len(stage))])
-    alive, at = pd.Series(ticket.history.alive(n)), groups(list(ticket.history.died)); size = pd.Series({k: d.numel() for k, d in ticket.history.died.items()})
+    wanted = (
+        None
+        if target is None
+        else _wanted(
+            target,
+            [f"layer{s + 1}.{j}" for s, stage in enumerate(maps[0]) for j in range(len(stage))],
+        )
+    )
+    alive, at = pd.Series(ticket.history.alive(n)), groups(list(ticket.history.died))
+    size = pd.Series({k: d.numel() for k, d in ticket.history.died.items()})
     part = lambda v: c @ v.groupby(at).sum()[parts.names].values
-    text, names = [str(_written(m)) for m in maps], _named(ticket, depth); back = [sum(b < a for s in m for a, b in zip(s, s[1:])) for m in maps]
-    table = pd.DataFrame(dict(map=text, score=_scores(parts, index, c, wanted), density=part(alive) / part(size), strategy=[names.get(k, "") for k in text], back=back))
-    return table.sort_values(["score", "back"], kind="stable", ignore_index=True).assign(forward=lambda f: f.back == 0).drop(columns="back")
+    text, names = [str(_written(m)) for m in maps], _named(ticket, depth)
+    back = [sum(b < a for s in m for a, b in zip(s, s[1:])) for m in maps]
+    table = pd.DataFrame(
+        dict(
+            map=text,
+            score=_scores(parts, index, c, wanted),
+            density=part(alive) / part(size),
+            strategy=[names.get(k, "") for k in text],
+            back=back,
+        )
+    )
+    return (
+        table.sort_values(["score", "back"], kind="stable", ignore_index=True)
+        .assign(forward=lambda f: f.back == 0)
+        .drop(columns="back")
+    )

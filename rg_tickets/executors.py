@@ -13,45 +13,80 @@ from pathlib import Path
 # %% ../nbs/40g_executors.ipynb #77ff568c
 def _leave_with(parent):
     "End this process when its parent is gone (on Windows the pipe tells)"
+
     def mind():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
-    if os.name == "posix": threading.Thread(target=mind, daemon=True).start()
+
+    if os.name == "posix":
+        threading.Thread(target=mind, daemon=True).start()
+
 
 def _sit(pipe, environment, parent):
     "What a seat's process does"
-    os.environ.update(environment); _leave_with(parent); signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it
+    os.environ.update(environment)
+    _leave_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it
     while True:
-        try: function, args = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError): return
-        try: answer = pickle.dumps((True, function(*args)))
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            answer = pickle.dumps((True, function(*args)))
         except Exception as e:
-            try: answer = pickle.dumps((False, e)); pickle.loads(answer)
-            except Exception: answer = pickle.dumps((False, RuntimeError(f"{type(e).__name__}: {e}")))
+            try:
+                answer = pickle.dumps((False, e))
+                pickle.loads(answer)
+            except Exception:
+                answer = pickle.dumps((False, RuntimeError(f"{type(e).__name__}: {e}")))
         pipe.send_bytes(answer)
+
 
 class Seat:
     "A process that does one thing after another"
-    def __init__(self, **environment): self.environment, self.process, self.pipe = environment, None, None
+
+    def __init__(self, **environment):
+        self.environment, self.process, self.pipe = environment, None, None
 
     def start(self):
         "Start the process, unless it is there"
-        if self.process is not None: return
-        context = multiprocessing.get_context("spawn"); self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_sit, args=(theirs, self.environment, os.getpid()), daemon=True)
-        self.process.start(); theirs.close()
+        if self.process is not None:
+            return
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_sit, args=(theirs, self.environment, os.getpid()), daemon=True
+        )
+        self.process.start()
+        theirs.close()
 
     def stop(self):
         "End the process, whatever it does"
-        if self.process is not None: self.process.kill(); self.process.join(); self.pipe.close(); self.process = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+            self.process = None
 
 # %% ../nbs/40g_executors.ipynb #5552832e
 class Local(futures.Executor):
     "Worker processes on this machine, apart from each other: one that is killed costs what it did, and is replaced"
+
     def __init__(self, workers=1, gpus=()):
-        self.seats = [Seat(**({"CUDA_VISIBLE_DEVICES": str(gpus[i % len(gpus)])} if gpus else {})) for i in range(workers)]
-        self.free, self.threads, self.door, self.over = queue.SimpleQueue(), futures.ThreadPoolExecutor(workers), threading.Lock(), False
-        for seat in self.seats: self.free.put(seat)
+        self.seats = [
+            Seat(**({"CUDA_VISIBLE_DEVICES": str(gpus[i % len(gpus)])} if gpus else {}))
+            for i in range(workers)
+        ]
+        self.free, self.threads, self.door, self.over = (
+            queue.SimpleQueue(),
+            futures.ThreadPoolExecutor(workers),
+            threading.Lock(),
+            False,
+        )
+        for seat in self.seats:
+            self.free.put(seat)
 
     def submit(self, function, /, *args):
         "A future of function(*args), done at the next free seat; a BrokenExecutor if its process is killed"
@@ -61,63 +96,94 @@ class Local(futures.Executor):
         seat = self.free.get()
         try:
             with self.door:
-                if self.over: raise futures.CancelledError("the executor was shut down")
+                if self.over:
+                    raise futures.CancelledError("the executor was shut down")
                 seat.start()
             seat.pipe.send_bytes(what)
             well, answer = pickle.loads(seat.pipe.recv_bytes())
         except (EOFError, OSError):
-            seat.process.join(5); code = seat.process.exitcode; seat.stop()
-            raise futures.BrokenExecutor(f"the worker process ended by {'signal ' + str(-code) if (code or 0) < 0 else 'itself'}") from None
-        finally: self.free.put(seat)
-        if well: return answer
+            seat.process.join(5)
+            code = seat.process.exitcode
+            seat.stop()
+            raise futures.BrokenExecutor(
+                f"the worker process ended by {'signal ' + str(-code) if (code or 0) < 0 else 'itself'}"
+            ) from None
+        finally:
+            self.free.put(seat)
+        if well:
+            return answer
         raise answer
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         "Wait for what is being done, or stop it (wait=False)"
         if not wait:
-            with self.door: self.over = True; [s.process.kill() for s in self.seats if s.process is not None]
+            with self.door:
+                self.over = True
+                [s.process.kill() for s in self.seats if s.process is not None]
         self.threads.shutdown(True, cancel_futures=cancel_futures or not wait)
-        for s in self.seats: s.stop()
+        for s in self.seats:
+            s.stop()
 
 # %% ../nbs/40g_executors.ipynb #7237cdeb
 def gpus() -> list:  # of names for CUDA_VISIBLE_DEVICES
     "The GPUs of this machine that this process may use"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None: return [o.strip() for o in visible.split(",") if o.strip() not in ("", "-1")]
+    if visible is not None:
+        return [o.strip() for o in visible.split(",") if o.strip() not in ("", "-1")]
     import torch
+
     return [str(i) for i in range(torch.cuda.device_count())]
+
 
 def cores() -> int:
     "The cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+
 @dataclass
 class Team:
     "An executor, and how its workers should share their machine"
+
     executor: futures.Executor
     own: int  # worker processes that each notebook should use itself; 0: as many as it likes
     about: str  # who does the work, in words
 
+
 def _local(where, jobs):
     "Worker processes on this machine"
-    if where: raise ValueError(f"the executor 'local' takes no address, and {where!r} was given")
-    found = gpus(); workers = jobs or len(found) or 1
-    return Team(Local(workers, found), 0 if workers == 1 or found else max(1, cores() // workers), f"{workers} worker process{'es' * (workers > 1)} here" + (f", GPUs {', '.join(found)}" if found else ""))
+    if where:
+        raise ValueError(f"the executor 'local' takes no address, and {where!r} was given")
+    found = gpus()
+    workers = jobs or len(found) or 1
+    return Team(
+        Local(workers, found),
+        0 if workers == 1 or found else max(1, cores() // workers),
+        f"{workers} worker process{'es' * (workers > 1)} here"
+        + (f", GPUs {', '.join(found)}" if found else ""),
+    )
 
 # %% ../nbs/40g_executors.ipynb #bab07f77
 def _needed(package, extra):
     "Import an optional package, or say how to install it"
-    try: return importlib.import_module(package)
-    except ImportError: raise ImportError(f"this executor needs the package {package}: pip install '{extra}'") from None
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(
+            f"this executor needs the package {package}: pip install '{extra}'"
+        ) from None
+
 
 def _unpacked(what):
     "Call a function that came as bytes"
     function, args = pickle.loads(what)
     return function(*args)
 
+
 class Remote(futures.Executor):
     "Workers of a Dask client; its scheduler is handed bytes, so that only workers load what a function needs"
-    def __init__(self, client, **kwargs): self.client, self.inner = client, client.get_executor(pure=False, **kwargs)
+
+    def __init__(self, client, **kwargs):
+        self.client, self.inner = client, client.get_executor(pure=False, **kwargs)
 
     def submit(self, function, /, *args):
         "A future of function(*args)"
@@ -125,24 +191,42 @@ class Remote(futures.Executor):
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         "Wait for what is being done, or cancel it; then leave the cluster, and end it if it was started here"
-        self.inner.shutdown(wait=wait); cluster = self.client.cluster; self.client.close()
-        if cluster is not None: cluster.close()
+        self.inner.shutdown(wait=wait)
+        cluster = self.client.cluster
+        self.client.close()
+        if cluster is not None:
+            cluster.close()
 
 # %% ../nbs/40g_executors.ipynb #c89f848f
 def _of_client(client, about):
     "A team from a Dask client"
-    try: workers = client.scheduler_info(n_workers=-1)["workers"]
-    except TypeError: workers = client.scheduler_info()["workers"]
+    try:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+    except TypeError:
+        workers = client.scheduler_info()["workers"]
     gpu = any(w.get("resources", {}).get("GPU") for w in workers.values())
-    return Team(Remote(client, **({"resources": {"GPU": 1}} if gpu else {})), 1, f"{about}, {len(workers)} worker{'s' * (len(workers) != 1)}{' with GPUs' * gpu}" + ("" if workers else " yet: start some, `dask worker ADDRESS --nthreads 1`"))
+    return Team(
+        Remote(client, **({"resources": {"GPU": 1}} if gpu else {})),
+        1,
+        f"{about}, {len(workers)} worker{'s' * (len(workers) != 1)}{' with GPUs' * gpu}"
+        + ("" if workers else " yet: start some, `dask worker ADDRESS --nthreads 1`"),
+    )
+
 
 def _dask(where, jobs):
     "Workers of a Dask scheduler that runs already"
     address = where.removeprefix("//")
-    if not re.fullmatch(r"[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", address): raise ValueError(f"{where!r} is no address of a scheduler: write dask://HOST:PORT, for example dask://127.0.0.1:8786")
+    if not re.fullmatch(r"[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", address):
+        raise ValueError(
+            f"{where!r} is no address of a scheduler: write dask://HOST:PORT, for example dask://127.0.0.1:8786"
+        )
     distributed = _needed("distributed", "rg_tickets[dask]")
-    try: client = distributed.Client(f"tcp://{address}", timeout=20, set_as_default=False)
-    except OSError: raise ConnectionError(f"no scheduler answers at {address}: is `dask scheduler` running there, and the port open?") from None
+    try:
+        client = distributed.Client(f"tcp://{address}", timeout=20, set_as_default=False)
+    except OSError:
+        raise ConnectionError(
+            f"no scheduler answers at {address}: is `dask scheduler` running there, and the port open?"
+        ) from None
     return _of_client(client, f"the Dask cluster at {address}")
 
 # %% ../nbs/40g_executors.ipynb #4011eb95
@@ -159,8 +243,33 @@ worker_extra_args: ["--resources", "GPU=1"]
 job_script_prologue: ["source ~/venv/bin/activate"]
 interface: ib0              # network between the nodes
 """
-_KEYS = ("workers", "queue", "account", "cores", "memory", "processes", "walltime", "job_cpu", "job_mem", "job_extra_directives", "job_directives_skip", "worker_extra_args", "job_script_prologue",
-         "job_script_epilogue", "interface", "local_directory", "log_directory", "death_timeout", "shebang", "python", "nanny", "name", "scheduler_options", "protocol", "shared_temp_directory")
+_KEYS = (
+    "workers",
+    "queue",
+    "account",
+    "cores",
+    "memory",
+    "processes",
+    "walltime",
+    "job_cpu",
+    "job_mem",
+    "job_extra_directives",
+    "job_directives_skip",
+    "worker_extra_args",
+    "job_script_prologue",
+    "job_script_epilogue",
+    "interface",
+    "local_directory",
+    "log_directory",
+    "death_timeout",
+    "shebang",
+    "python",
+    "nanny",
+    "name",
+    "scheduler_options",
+    "protocol",
+    "shared_temp_directory",
+)
 _NEEDED = ("workers", "cores", "memory")
 
 # %% ../nbs/40g_executors.ipynb #47c1ac4c
@@ -170,26 +279,46 @@ def cluster_file(
     "Read a cluster file"
     from rg_tickets.basics import lookup
     from rg_tickets.batches import safe_yaml
-    if not Path(path).is_file(): raise FileNotFoundError(f"no cluster file {str(path)!r}: write --executor slurm:FILE, and in the file, for example:\n{CLUSTER}")
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no cluster file {str(path)!r}: write --executor slurm:FILE, and in the file, for example:\n{CLUSTER}"
+        )
     given = safe_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name)
-    if not isinstance(given, dict): raise ValueError(f"{path} should be a mapping like this:\n{CLUSTER}")
-    for k in given: lookup(k, dict.fromkeys(_KEYS), "key of a cluster file:")
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} should be a mapping like this:\n{CLUSTER}")
+    for k in given:
+        lookup(k, dict.fromkeys(_KEYS), "key of a cluster file:")
     for k in _NEEDED:
-        if k not in given: raise ValueError(f"{path} does not say {k}")
-    if not isinstance(given["workers"], int) or given["workers"] < 1: raise ValueError(f"{path}: workers={given['workers']!r} should be a number of batch jobs")
+        if k not in given:
+            raise ValueError(f"{path} does not say {k}")
+    if not isinstance(given["workers"], int) or given["workers"] < 1:
+        raise ValueError(f"{path}: workers={given['workers']!r} should be a number of batch jobs")
     return given
+
 
 def _slurm(where, jobs):
     "Workers that are batch jobs of Slurm"
-    given = cluster_file(where); workers = jobs or given.pop("workers"); given.pop("workers", None)
+    given = cluster_file(where)
+    workers = jobs or given.pop("workers")
+    given.pop("workers", None)
     cluster = _needed("dask_jobqueue", "rg_tickets[dask]' 'dask-jobqueue").SLURMCluster(**given)
     cluster.scale(jobs=workers)
     client = _needed("distributed", "rg_tickets[dask]").Client(cluster, set_as_default=False)
-    gpu = {"resources": {"GPU": 1}} if any("GPU" in str(o) for o in given.get("worker_extra_args", [])) else {}  # its workers are not there yet to be asked
+    gpu = (
+        {"resources": {"GPU": 1}}
+        if any("GPU" in str(o) for o in given.get("worker_extra_args", []))
+        else {}
+    )  # its workers are not there yet to be asked
     return Team(Remote(client, **gpu), 1, f"{workers} batch jobs of Slurm")
 
 # %% ../nbs/40g_executors.ipynb #9aa5fa28
-EXECUTORS = {"local": _local, "dask": _dask, "slurm": _slurm}  # name -> function of (what follows the colon, how many workers or 0) that gives a Team
+EXECUTORS = {
+    "local": _local,
+    "dask": _dask,
+    "slurm": _slurm,
+}  # name -> function of (what follows the colon, how many workers or 0) that gives a Team
+
 
 @contextlib.contextmanager
 def team(
@@ -198,9 +327,15 @@ def team(
 ):
     "The executor of that name, for the length of a block; an exception, Ctrl-C among them, stops what is being done"
     from rg_tickets.basics import lookup
+
     name, _, rest = where.partition(":")
-    if jobs < 0: raise ValueError(f"jobs={jobs} is no number of workers")
+    if jobs < 0:
+        raise ValueError(f"jobs={jobs} is no number of workers")
     found = lookup(name, EXECUTORS, "executor")(rest, jobs)
-    try: yield found
-    except BaseException: found.executor.shutdown(wait=False); raise
-    else: found.executor.shutdown()
+    try:
+        yield found
+    except BaseException:
+        found.executor.shutdown(wait=False)
+        raise
+    else:
+        found.executor.shutdown()

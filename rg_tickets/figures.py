@@ -12,25 +12,49 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
 # %% ../nbs/00a_figures.ipynb #3be6320e
-PALETTE = {"relevant": "#0072B2", "irrelevant": "#D55E00", "marginal": "#888888", "unresolved": "#C9C9C9", "null": "#000000",
-           "above": "#0072B2", "below": "#D55E00", "same": "#888888"}  # `above`, `below`, `same`: a difference, beside what it differs from
-SERIES = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5FA8", "#8C6D31", "#444444", "#A6D854")  # things that only have names
-GAPS = LinearSegmentedColormap.from_list("gaps", [PALETTE["relevant"], "white", PALETTE["irrelevant"]])  # better - same - worse
+PALETTE = {
+    "relevant": "#0072B2",
+    "irrelevant": "#D55E00",
+    "marginal": "#888888",
+    "unresolved": "#C9C9C9",
+    "null": "#000000",
+    "above": "#0072B2",
+    "below": "#D55E00",
+    "same": "#888888",
+}  # `above`, `below`, `same`: a difference, beside what it differs from
+SERIES = (
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7F5FA8",
+    "#8C6D31",
+    "#444444",
+    "#A6D854",
+)  # things that only have names
+GAPS = LinearSegmentedColormap.from_list(
+    "gaps", [PALETTE["relevant"], "white", PALETTE["irrelevant"]]
+)  # better - same - worse
 TIME = "RG time  t = ln N/alive"
+
 
 def colours(
     names,  # names of things without an order, at most eight
 ) -> dict:  # name -> colour
     "A colour for each name, in the order of first appearance; ValueError if there are more names than colours"
     names = list(dict.fromkeys(names))
-    if len(names) > len(SERIES): raise ValueError(f"{len(names)} names, and only {len(SERIES)} colours that can be told apart: draw fewer in one panel, or use `shades` if they have an order")
+    if len(names) > len(SERIES):
+        raise ValueError(
+            f"{len(names)} names, and only {len(SERIES)} colours that can be told apart: draw fewer in one panel, or use `shades` if they have an order"
+        )
     return dict(zip(names, SERIES))
+
 
 def shades(
     count: int,  # how many things with an order: depths, rounds, sizes
 ) -> np.ndarray:  # [count, 4] colours, dark to light
     "Colours for things that have an order"
-    return plt.cm.viridis(np.linspace(0, .85, count))
+    return plt.cm.viridis(np.linspace(0, 0.85, count))
 
 # %% ../nbs/00a_figures.ipynb #a9c3a4b0
 def bare(
@@ -39,15 +63,18 @@ def bare(
 ):  # the axes: one, or a tuple
     "Axes without their upper and right frame"
     axes = [ax or plt.subplots(figsize=size)[1] for ax in axes or [None]]
-    for ax in axes: ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
     return axes[0] if len(axes) == 1 else tuple(axes)
+
 
 def zero_line(
     *axes,  # axes to draw on
     x: bool = False,  # at x = 0, a vertical line, instead of y = 0
 ):
     "The thin grey line that says where nothing is"
-    for ax in axes: (ax.axvline if x else ax.axhline)(0, color="#bbbbbb", lw=.8, zorder=0)
+    for ax in axes:
+        (ax.axvline if x else ax.axhline)(0, color="#bbbbbb", lw=0.8, zorder=0)
 
 # %% ../nbs/00a_figures.ipynb #c9444f48
 def estimates(
@@ -58,39 +85,60 @@ def estimates(
     **look,  # as for `errorbar`: fmt, color, label, ms, ...
 ):
     "Estimates with their intervals"
-    e = table[value].to_numpy(); arms = [(e - table.low).clip(lower=0), (table.high - e).clip(lower=0)]
+    e = table[value].to_numpy()
+    arms = [(e - table.low).clip(lower=0), (table.high - e).clip(lower=0)]
     ax.errorbar(x, e, arms, **dict(fmt="o", ms=4, capsize=2, lw=1) | look)
+
 
 def band(
     ax,  # axes to draw on
-    x, middle, half,  # [K] places, means, half widths; no band where a half width is not a number
+    x,  # [K] places, means, half widths; no band where a half width is not a number
+    middle,  # [K] places, means, half widths; no band where a half width is not a number
+    half,  # [K] places, means, half widths; no band where a half width is not a number
     colour,  # of the line and, paler, of the band
     **look,  # as for `plot`: label, marker, ...
 ):
     "A line with the band that one standard deviation makes"
     middle, half = np.asarray(middle, float), np.nan_to_num(np.asarray(half, float))
-    ax.plot(x, middle, **dict(marker="o", ms=3, color=colour) | look); ax.fill_between(x, middle - half, middle + half, color=colour, alpha=.25, lw=0)
+    ax.plot(x, middle, **dict(marker="o", ms=3, color=colour) | look)
+    ax.fill_between(x, middle - half, middle + half, color=colour, alpha=0.25, lw=0)
 
 # %% ../nbs/00a_figures.ipynb #793c0d9f
 def nulls(
     ax,  # axes to draw on
-    x, values,  # [K] places and values
-    low=None, high=None,  # [K] ends of the intervals, if there are any
+    x,  # [K] places and values
+    values,  # [K] places and values
+    low=None,  # [K] ends of the intervals, if there are any
+    high=None,  # [K] ends of the intervals, if there are any
     label: str | None = "untrained null",  # in the legend
 ):
     "Networks that were pruned and never trained: open black diamonds"
     arms = None if low is None else [np.asarray(values) - low, high - np.asarray(values)]
-    ax.errorbar(x, values, arms, fmt="D", mfc="white", color=PALETTE["null"], ms=4, capsize=2, lw=.8, label=label)
+    ax.errorbar(
+        x,
+        values,
+        arms,
+        fmt="D",
+        mfc="white",
+        color=PALETTE["null"],
+        ms=4,
+        capsize=2,
+        lw=0.8,
+        label=label,
+    )
+
 
 def free_line(
     ax,  # axes to draw on
-    x, values,  # [K] places and what the free theory says there
+    x,  # [K] places and what the free theory says there
+    values,  # [K] places and what the free theory says there
     steps: bool = False,  # a short level line at each place, where places are names
     label: str | None = "free theory",  # in the legend
 ):
     "What weights that do not interact would do: a dotted black line"
     x, look = np.asarray(x), dict(color=PALETTE["null"], lw=1.2, ls=":", label=label)
-    ax.hlines(values, x - .45, x + .45, **look) if steps else ax.plot(x, values, **look)
+    ax.hlines(values, x - 0.45, x + 0.45, **look) if steps else ax.plot(x, values, **look)
+
 
 def legend(
     ax,  # axes whose marks are explained
@@ -98,4 +146,8 @@ def legend(
     **look,  # as for `legend`
 ):
     "A legend without a frame"
-    ax.legend(**dict(frameon=False, fontsize=8) | (dict(loc="center left", bbox_to_anchor=(1, .5)) if outside else {}) | look)
+    ax.legend(
+        **dict(frameon=False, fontsize=8)
+        | (dict(loc="center left", bbox_to_anchor=(1, 0.5)) if outside else {})
+        | look
+    )

@@ -14,21 +14,40 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from .basics import lookup, patch_to
-from .figures import PALETTE, TIME, band, bare, estimates, legend, nulls, shades, zero_line
+from rg_tickets.figures import (
+    PALETTE,
+    TIME,
+    band,
+    bare,
+    estimates,
+    legend,
+    nulls,
+    shades,
+    zero_line,
+)
 from .models.prunable import groups
 
 # %% ../nbs/30_flows.ipynb #02c19c46
-LABELS = ["task", "model", "control"]  # what is compared; runs that agree in these and differ in "seed" are repetitions
+LABELS = [
+    "task",
+    "model",
+    "control",
+]  # what is compared; runs that agree in these and differ in "seed" are repetitions
+
 
 @dataclass
 class Flow:
     "A tidy table of rounds, and the questions one asks of it"
+
     frame: pd.DataFrame  # columns LABELS, seed, n, t, density, metric, loss, tensor, count, alive, l1, l2, largest, smallest
 
     def __post_init__(self):
         twice = self.frame[self.frame.duplicated(LABELS + ["seed", "n", "tensor"])]
-        if len(twice): raise ValueError(f"two runs have the labels {twice[LABELS + ['seed']].iloc[0].to_dict()}, and would be added up: if they differ in width, epochs or the like, say so in their `model` label; "
-                                        "if they are two studies in one folder, keep them apart")
+        if len(twice):
+            raise ValueError(
+                f"two runs have the labels {twice[LABELS + ['seed']].iloc[0].to_dict()}, and would be added up: if they differ in width, epochs or the like, say so in their `model` label; "
+                "if they are two studies in one folder, keep them apart"
+            )
 
     @classmethod
     def of(
@@ -38,16 +57,42 @@ class Flow:
         **labels,  # task=..., model=..., control=...
     ):
         "The flow of one run"
-        for k in labels: lookup(k, dict.fromkeys(LABELS), "label")
+        for k in labels:
+            lookup(k, dict.fromkeys(LABELS), "label")
         rounds = [r if isinstance(r, dict) else asdict(r) for r in rounds]
-        rows = [{**{k: labels.get(k, "") for k in LABELS}, "seed": seed, "n": r["n"], "t": r["time"], "density": r["density"],
-                 "metric": [v for k, v in r["metrics"].items() if k != "loss"][0], "loss": r["loss"], **t} for r in rounds for t in r["tensors"]]
+        rows = [
+            {
+                **{k: labels.get(k, "") for k in LABELS},
+                "seed": seed,
+                "n": r["n"],
+                "t": r["time"],
+                "density": r["density"],
+                "metric": [v for k, v in r["metrics"].items() if k != "loss"][0],
+                "loss": r["loss"],
+                **t,
+            }
+            for r in rounds
+            for t in r["tensors"]
+        ]
         return cls(pd.DataFrame(rows))
 
     @classmethod
     def read(cls, *paths):
         "Flows from CSV files, put together"
-        return cls(pd.concat([pd.read_csv(p, keep_default_na=False, na_values={"loss": ["", "nan"]}, dtype={k: str for k in LABELS}) for p in paths], ignore_index=True))
+        return cls(
+            pd.concat(
+                [
+                    pd.read_csv(
+                        p,
+                        keep_default_na=False,
+                        na_values={"loss": ["", "nan"]},
+                        dtype={k: str for k in LABELS},
+                    )
+                    for p in paths
+                ],
+                ignore_index=True,
+            )
+        )
 
     @classmethod
     def join(cls, *flows):
@@ -58,9 +103,15 @@ class Flow:
 @patch_to(Flow)
 def where(self, **labels):
     "The runs with these labels (or seeds); a value or a list of values each"
-    for k in labels: lookup(k, dict.fromkeys(LABELS + ["seed"]), "label")
-    keep = np.logical_and.reduce([self.frame[k].isin(v if isinstance(v, (list, tuple)) else [v]) for k, v in labels.items()])
-    if not keep.any(): raise ValueError(f"no run has {labels}; there are {self.frame[list(labels)].drop_duplicates().to_dict('records')}")
+    for k in labels:
+        lookup(k, dict.fromkeys(LABELS + ["seed"]), "label")
+    keep = np.logical_and.reduce(
+        [self.frame[k].isin(v if isinstance(v, (list, tuple)) else [v]) for k, v in labels.items()]
+    )
+    if not keep.any():
+        raise ValueError(
+            f"no run has {labels}; there are {self.frame[list(labels)].drop_duplicates().to_dict('records')}"
+        )
     return Flow(self.frame[keep])
 
 # %% ../nbs/30_flows.ipynb #80a65fb4
@@ -71,6 +122,7 @@ OBSERVABLES = {
     "density": lambda f: f.alive / f["count"],  # alive_i / N_i
 }
 
+
 def observable(
     flow: Flow,  # any number of runs
     kind: str = "share",  # a name in `OBSERVABLES`
@@ -79,11 +131,24 @@ def observable(
     "One number per run, round and group of tensors"
     f = flow.frame.assign(group=flow.frame.tensor.map(groups(list(flow.frame.tensor.unique()), by)))
     key = LABELS + ["seed", "n"]
-    g = f.groupby(key + ["group"], sort=False).agg(t=("t", "first"), density=("density", "first"), metric=("metric", "first"), loss=("loss", "first"),
-                                                  count=("count", "sum"), alive=("alive", "sum"), l1=("l1", "sum")).reset_index()
+    g = (
+        f.groupby(key + ["group"], sort=False)
+        .agg(
+            t=("t", "first"),
+            density=("density", "first"),
+            metric=("metric", "first"),
+            loss=("loss", "first"),
+            count=("count", "sum"),
+            alive=("alive", "sum"),
+            l1=("l1", "sum"),
+        )
+        .reset_index()
+    )
     g["total"] = g.groupby(key).l1.transform("sum")
     g["l1_dense"] = g.sort_values("n").groupby(LABELS + ["seed", "group"]).l1.transform("first")
-    return g.assign(value=lookup(kind, OBSERVABLES, "observable")(g)).drop(columns=["count", "alive", "l1", "total", "l1_dense"])
+    return g.assign(value=lookup(kind, OBSERVABLES, "observable")(g)).drop(
+        columns=["count", "alive", "l1", "total", "l1_dense"]
+    )
 
 # %% ../nbs/30_flows.ipynb #ef9073ba
 def slope(
@@ -92,51 +157,72 @@ def slope(
 ) -> dict:  # sigma, its fit error, r2, rms residual, number of rounds used: [...] each
     "Least-squares lines through ln(value) against t, all at once"
     ok = value > 0
-    points = ok.sum(-1); n = np.where(points > 2, points, np.nan)
+    points = ok.sum(-1)
+    n = np.where(points > 2, points, np.nan)
     center = lambda a: np.where(ok, a - np.where(ok, a, 0).sum(-1, keepdims=True) / n[..., None], 0)
     x, y = center(t), center(np.log(np.where(ok, value, 1)))
     xx, xy, yy = (x * x).sum(-1), (x * y).sum(-1), (y * y).sum(-1)
-    sigma = xy / xx; rest = ((y - sigma[..., None] * x)**2).sum(-1)
-    return dict(sigma=sigma, fit_error=np.sqrt(rest / (n - 2) / xx), r2=np.divide(xy**2, xx * yy, out=np.zeros_like(yy), where=yy > 0)[()], rms=np.sqrt(rest / n), points=points)
+    sigma = xy / xx
+    rest = ((y - sigma[..., None] * x) ** 2).sum(-1)
+    return dict(
+        sigma=sigma,
+        fit_error=np.sqrt(rest / (n - 2) / xx),
+        r2=np.divide(xy**2, xx * yy, out=np.zeros_like(yy), where=yy > 0)[()],
+        rms=np.sqrt(rest / n),
+        points=points,
+    )
 
 # %% ../nbs/30_flows.ipynb #2d6c8aa6
 def matching(
     flow: Flow,  # runs of one task, model and control, several seeds
 ) -> list:  # rounds, counting from the dense network's 0
     "The rounds in which the network matches the dense one"
-    acc = flow.frame.drop_duplicates(["seed", "n"]).pivot(index="n", columns="seed", values="metric")
-    if acc.shape[1] < 2: raise ValueError("the matching regime is defined by the scatter over seeds, and there is one seed: give more, or use window='all'")
+    acc = flow.frame.drop_duplicates(["seed", "n"]).pivot(
+        index="n", columns="seed", values="metric"
+    )
+    if acc.shape[1] < 2:
+        raise ValueError(
+            "the matching regime is defined by the scatter over seeds, and there is one seed: give more, or use window='all'"
+        )
     floor = acc.loc[0].mean() - acc.loc[0].std()
     return acc.index[acc.mean(axis=1) >= floor].tolist()
 
+
 def _window(flow, labels, window):
     "The rounds to fit for the runs with these labels"
-    if isinstance(window, (list, tuple, range)): return list(window)
+    if isinstance(window, (list, tuple, range)):
+        return list(window)
     rounds = sorted(flow.frame.n.unique())
-    if lookup(window, {"matching": False, "all": True}, "fit window"): return rounds
+    if lookup(window, {"matching": False, "all": True}, "fit window"):
+        return rounds
     return matching(flow.where(**dict(labels, control="imp")))
 
 # %% ../nbs/30_flows.ipynb #380b7641
 def interval(
     values: np.ndarray,  # [seeds] one estimate per seed
-    level: float = .95,  # confidence
+    level: float = 0.95,  # confidence
 ) -> tuple:  # (mean, standard error, low, high); nan error and interval for one value
     "Mean with its Student interval over seeds"
-    values = np.asarray(values, float); n = len(values)
-    if n < 2: return values.mean(), np.nan, np.nan, np.nan
-    se = values.std(ddof=1) / np.sqrt(n); half = stats.t.ppf((1 + level) / 2, n - 1) * se
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return values.mean(), np.nan, np.nan, np.nan
+    se = values.std(ddof=1) / np.sqrt(n)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * se
     return values.mean(), se, values.mean() - half, values.mean() + half
 
 # %% ../nbs/30_flows.ipynb #aafdd772
 def classify(
     low: float,  # lower end of the interval of sigma
     high: float,  # upper end
-    r2: float = 1.,  # of the line
-    rms: float = 0.,  # residual of ln(value)
-    least_r2: float = .9, most_rms: float = .05,  # a line fits if it explains this much or strays no more than this
+    r2: float = 1.0,  # of the line
+    rms: float = 0.0,  # residual of ln(value)
+    least_r2: float = 0.9,  # a line fits if it explains this much or strays no more than this
+    most_rms: float = 0.05,  # a line fits if it explains this much or strays no more than this
 ) -> str:
     "relevant, irrelevant, marginal (the interval holds 0), or unresolved (the line does not fit)"
-    if not (np.isfinite([low, high]).all() and (r2 >= least_r2 or rms <= most_rms)): return "unresolved"
+    if not (np.isfinite([low, high]).all() and (r2 >= least_r2 or rms <= most_rms)):
+        return "unresolved"
     return "relevant" if low > 0 else "irrelevant" if high < 0 else "marginal"
 
 # %% ../nbs/30_flows.ipynb #458fc6e8
@@ -145,77 +231,137 @@ def slopes(
     kind: str = "share",  # observable
     by: str = "block",  # grouping
     window="matching",  # "matching", "all", or a list of rounds
-) -> pd.DataFrame:  # a row per run and group: LABELS, seed, group, sigma, fit_error, r2, rms, points, window
+) -> (
+    pd.DataFrame
+):  # a row per run and group: LABELS, seed, group, sigma, fit_error, r2, rms, points, window
     "The exponent of each single run"
     obs, rows = observable(flow, kind, by), []
     for labels, part in obs.groupby(LABELS, sort=False):
-        shared = set.intersection(*part.groupby("seed").n.agg(set))  # rounds that every seed has reached
+        shared = set.intersection(
+            *part.groupby("seed").n.agg(set)
+        )  # rounds that every seed has reached
         rounds = [n for n in _window(flow, dict(zip(LABELS, labels)), window) if n in shared]
-        if not rounds: raise ValueError(f"no round to fit for {labels}: the seeds share rounds {sorted(shared)}, the window is {window!r}")
+        if not rounds:
+            raise ValueError(
+                f"no round to fit for {labels}: the seeds share rounds {sorted(shared)}, the window is {window!r}"
+            )
         part = part[part.n.isin(rounds)]
-        wide = part.pivot(index=["seed", "group"], columns="n", values=["t", "value"]).reindex(pd.MultiIndex.from_frame(part[["seed", "group"]].drop_duplicates()))
-        line = slope(wide.t.values, wide.value.values) | dict(window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})")
+        wide = part.pivot(index=["seed", "group"], columns="n", values=["t", "value"]).reindex(
+            pd.MultiIndex.from_frame(part[["seed", "group"]].drop_duplicates())
+        )
+        line = slope(wide.t.values, wide.value.values) | dict(
+            window=f"{min(rounds)}-{max(rounds)} ({len(rounds)})"
+        )
         rows.append(wide.index.to_frame(index=False).assign(**dict(zip(LABELS, labels)), **line))
-    return pd.concat(rows, ignore_index=True)[[*LABELS, "seed", "group", "sigma", "fit_error", "r2", "rms", "points", "window"]]
+    return pd.concat(rows, ignore_index=True)[
+        [*LABELS, "seed", "group", "sigma", "fit_error", "r2", "rms", "points", "window"]
+    ]
 
 # %% ../nbs/30_flows.ipynb #e51704e0
 def _summary(g, level, error):
     "One row of the exponent table, from the slopes of one group over seeds"
     n = len(g)
     if error == "seeds" and n < 2:
-        raise ValueError(f"an interval over seeds needs at least 2 of them, 3 for a claim; {g.task.iloc[0]} / {g.control.iloc[0]} has {n}: give more seeds, or take error='fit'")
+        raise ValueError(
+            f"an interval over seeds needs at least 2 of them, 3 for a claim; {g.task.iloc[0]} / {g.control.iloc[0]} has {n}: give more seeds, or take error='fit'"
+        )
     mean, se, low, high = interval(g.sigma, level)
     if n < 2 or error == "fit":
-        se = np.sqrt((g.fit_error**2).mean() / n); half = stats.t.ppf((1 + level) / 2, max(1, g.points.iloc[0] - 2)) * se; low, high = mean - half, mean + half
-    return pd.Series(dict(sigma=mean, se=se, low=low, high=high, r2=g.r2.mean(), rms=g.rms.mean(), points=g.points.min(), seeds=n, error="fit" if n < 2 or error == "fit" else "seeds",
-                          window=g.window.iloc[0], kind=classify(low, high, g.r2.mean(), g.rms.mean())))
+        se = np.sqrt((g.fit_error**2).mean() / n)
+        half = stats.t.ppf((1 + level) / 2, max(1, g.points.iloc[0] - 2)) * se
+        low, high = mean - half, mean + half
+    return pd.Series(
+        dict(
+            sigma=mean,
+            se=se,
+            low=low,
+            high=high,
+            r2=g.r2.mean(),
+            rms=g.rms.mean(),
+            points=g.points.min(),
+            seeds=n,
+            error="fit" if n < 2 or error == "fit" else "seeds",
+            window=g.window.iloc[0],
+            kind=classify(low, high, g.r2.mean(), g.rms.mean()),
+        )
+    )
+
 
 def exponents(
     flow: Flow,  # any number of runs
     kind: str = "share",  # observable
     by: str = "block",  # grouping
     window="matching",  # "matching", "all", or a list of rounds
-    level: float = .95,  # confidence of the interval
+    level: float = 0.95,  # confidence of the interval
     error: str = "auto",  # "seeds" insists on an interval over seeds, "fit" takes the fit's, "auto" the first if it can
 ) -> pd.DataFrame:  # a row per LABELS and group: sigma, se, low, high, r2, rms, points (fewest of any seed), seeds, error, window, kind
     "Exponents sigma with standard errors, intervals and classes"
     lookup(error, dict.fromkeys(("auto", "seeds", "fit")), "error")
     s = slopes(flow, kind, by, window)
-    return s.groupby(LABELS + ["group"], sort=False)[list(s.columns)].apply(_summary, level, error).reset_index()
+    return (
+        s.groupby(LABELS + ["group"], sort=False)[list(s.columns)]
+        .apply(_summary, level, error)
+        .reset_index()
+    )
 
 # %% ../nbs/30_flows.ipynb #f16edd6c
 def _welch(a, b, level):
     "Difference of means of two independent samples with Welch's interval"
     va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    se, dof = np.sqrt(va + vb), (va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    se, dof = np.sqrt(va + vb), (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     half = stats.t.ppf((1 + level) / 2, dof) * se
     d = np.mean(a) - np.mean(b)
     return d, se, d - half, d + half
 
+
 def contrast(
     a: pd.DataFrame,  # slopes of one experiment, from `slopes`
     b: pd.DataFrame,  # slopes of the other
-    level: float = .95,  # confidence
-) -> pd.DataFrame:  # a row per group: group, dsigma, se, low, high, paired, kind ("above", "below", "same")
+    level: float = 0.95,  # confidence
+) -> (
+    pd.DataFrame
+):  # a row per group: group, dsigma, se, low, high, paired, kind ("above", "below", "same")
     "Exponents of `a` minus those of `b`: seed by seed for the seeds they share, else Welch's"
     rows = []
     for group in dict.fromkeys(a.group):
         x, y = (f[f.group == group].set_index("seed").sigma.sort_index() for f in (a, b))
-        if min(len(x), len(y)) < 2: raise ValueError(f"a difference with an interval needs at least 2 seeds on both sides; {group!r} has {len(x)} and {len(y)}")
-        shared = x.index.intersection(y.index); paired = len(shared) > 1
+        if min(len(x), len(y)) < 2:
+            raise ValueError(
+                f"a difference with an interval needs at least 2 seeds on both sides; {group!r} has {len(x)} and {len(y)}"
+            )
+        shared = x.index.intersection(y.index)
+        paired = len(shared) > 1
         d, se, low, high = interval(x[shared] - y[shared], level) if paired else _welch(x, y, level)
-        rows.append(dict(group=group, dsigma=d, se=se, low=low, high=high, paired=paired, kind="above" if low > 0 else "below" if high < 0 else "same"))
+        rows.append(
+            dict(
+                group=group,
+                dsigma=d,
+                se=se,
+                low=low,
+                high=high,
+                paired=paired,
+                kind="above" if low > 0 else "below" if high < 0 else "same",
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_flows.ipynb #6b095101
 def difference(
     flow: Flow,  # runs of several controls, the null among them
     null: str = "untrained",  # the control to subtract
-    kind: str = "share", by: str = "block", window="matching", level: float = .95,  # as in `exponents`
-) -> pd.DataFrame:  # a row per LABELS and group: dsigma, se, low, high, paired, kind; the null itself is left out
+    kind: str = "share",  # as in `exponents`
+    by: str = "block",  # as in `exponents`
+    window="matching",  # as in `exponents`
+    level: float = 0.95,  # as in `exponents`
+) -> (
+    pd.DataFrame
+):  # a row per LABELS and group: dsigma, se, low, high, paired, kind; the null itself is left out
     "dsigma, the exponent minus that of the null of the same task and model, with intervals over seeds"
     s = slopes(flow, kind, by, window)
-    if null not in set(s.control): raise ValueError(f"no run of the control {null!r} to subtract; there are {', '.join(sorted(set(s.control)))}")
+    if null not in set(s.control):
+        raise ValueError(
+            f"no run of the control {null!r} to subtract; there are {', '.join(sorted(set(s.control)))}"
+        )
     tables = []
     for labels, g in s[s.control != null].groupby(LABELS, sort=False):
         ref = s[(s.task == labels[0]) & (s.model == labels[1]) & (s.control == null)]
@@ -224,7 +370,9 @@ def difference(
     return table[LABELS + [c for c in table if c not in LABELS]]
 
 # %% ../nbs/30_flows.ipynb #b4f6eafc
-def _variation(step): return np.abs(step).sum() / 2
+def _variation(step):
+    return np.abs(step).sum() / 2
+
 
 def fixed_point_distance(
     flow: Flow,  # any number of runs
@@ -236,28 +384,54 @@ def fixed_point_distance(
         M = part.pivot_table(index=["seed", "n"], columns="group", values="value", sort=False)
         t = part.groupby(["seed", "n"]).t.first()
         for n in sorted(part.n.unique()):
-            seeds = [s for s in part.seed.unique() if (s, n + 1) in M.index and (s, n) in M.index and t[s, n + 1] > t[s, n]]
-            if not seeds: continue
-            steps = [(M.loc[s, n + 1] - M.loc[s, n]).values / (t[s, n + 1] - t[s, n]) for s in seeds]
-            pairs = [_variation(a - b) / 2**.5 for i, a in enumerate(steps) for b in steps[i + 1:]]
+            seeds = [
+                s
+                for s in part.seed.unique()
+                if (s, n + 1) in M.index and (s, n) in M.index and t[s, n + 1] > t[s, n]
+            ]
+            if not seeds:
+                continue
+            steps = [
+                (M.loc[s, n + 1] - M.loc[s, n]).values / (t[s, n + 1] - t[s, n]) for s in seeds
+            ]
+            pairs = [
+                _variation(a - b) / 2**0.5 for i, a in enumerate(steps) for b in steps[i + 1 :]
+            ]
             mean, se, _, _ = interval([_variation(s) for s in steps])
-            rows.append(dict(zip(LABELS, labels), n=n, t=np.mean([t[s, n] for s in seeds]), distance=mean, se=se, floor=np.mean(pairs) if pairs else np.nan))
+            rows.append(
+                dict(
+                    zip(LABELS, labels),
+                    n=n,
+                    t=np.mean([t[s, n] for s in seeds]),
+                    distance=mean,
+                    se=se,
+                    floor=np.mean(pairs) if pairs else np.nan,
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_flows.ipynb #fac3edc2
 def plot_flow(
     flow: Flow,  # runs of one task and control
-    kind: str = "share", by: str = "block",  # as in `observable`
+    kind: str = "share",  # as in `observable`
+    by: str = "block",  # as in `observable`
     ax=None,  # axes to draw on, new by default
 ) -> plt.Axes:
     "The observable of each group against RG time, on a log scale; bands are one standard deviation over seeds"
     ax = bare(ax)
-    obs = observable(flow, kind, by); names = list(dict.fromkeys(obs.group))
+    obs = observable(flow, kind, by)
+    names = list(dict.fromkeys(obs.group))
     for name, colour in zip(names, shades(len(names))):
-        g = obs[obs.group == name].groupby("n").agg(t=("t", "mean"), m=("value", "mean"), s=("value", "std"))
+        g = (
+            obs[obs.group == name]
+            .groupby("n")
+            .agg(t=("t", "mean"), m=("value", "mean"), s=("value", "std"))
+        )
         band(ax, g.t, g.m, g.s, colour)
         ax.annotate(f" {name}", (g.t.iloc[-1], g.m.iloc[-1]), color=colour, va="center", fontsize=8)
-    ax.set_yscale("log"); ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=TIME, ylabel={"share": "share of surviving magnitude  $M_i$"}.get(kind, kind))
     return ax
@@ -272,44 +446,86 @@ def plot_exponents(
     ax = bare(ax)
     value = "sigma" if "sigma" in table else "dsigma"
     x = {g: i for i, g in enumerate(table.group)}
-    for kind, part in table.groupby("kind"): estimates(ax, part.group.map(x), part, value, color=PALETTE[kind], label=kind)
-    if null is not None: nulls(ax, [x[g] + .18 for g in null.group], null.sigma, null.low, null.high)
-    zero_line(ax); legend(ax); ax.set_xticks(range(len(x)), list(x))
-    ax.set(xlabel="part of the network, input to output", ylabel={"sigma": "exponent  $\\sigma_i$", "dsigma": "$\\Delta\\sigma_i$ = task - null"}[value])
+    for kind, part in table.groupby("kind"):
+        estimates(ax, part.group.map(x), part, value, color=PALETTE[kind], label=kind)
+    if null is not None:
+        nulls(ax, [x[g] + 0.18 for g in null.group], null.sigma, null.low, null.high)
+    zero_line(ax)
+    legend(ax)
+    ax.set_xticks(range(len(x)), list(x))
+    ax.set(
+        xlabel="part of the network, input to output",
+        ylabel={"sigma": "exponent  $\\sigma_i$", "dsigma": "$\\Delta\\sigma_i$ = task - null"}[
+            value
+        ],
+    )
     return ax
 
 # %% ../nbs/30_flows.ipynb #2456447c
-def _span(d): return ", ".join(f"{o.group} {o.dsigma:+.3f} [{o.low:+.3f}, {o.high:+.3f}]" for o in d.itertuples())
+def _span(d):
+    return ", ".join(
+        f"{o.group} {o.dsigma:+.3f} [{o.low:+.3f}, {o.high:+.3f}]" for o in d.itertuples()
+    )
+
 
 def _beyond(d, what):
     "Which differences leave out zero; if none does, the largest"
     clear = d[d.kind != "same"]
-    tail = f": {_span(clear)}." if len(clear) else f"; the largest is {_span(d.loc[[d.dsigma.abs().idxmax()]])}."
+    tail = (
+        f": {_span(clear)}."
+        if len(clear)
+        else f"; the largest is {_span(d.loc[[d.dsigma.abs().idxmax()]])}."
+    )
     return f"{what} {len(clear)} of {len(d)} exponents by more than the 95 % interval{tail}"
+
 
 def _one_task(flow, task, by, window):
     "What one task's exponents are, and what they are beside the null"
-    mine = flow.where(task=task); e = exponents(mine, by=by, window=window); e = e[e.control == "imp"]
-    n, text = len(e), ", ".join(f"{(e.kind == k).sum()} {k}" for k in ("relevant", "irrelevant", "marginal", "unresolved") if (e.kind == k).any())
+    mine = flow.where(task=task)
+    e = exponents(mine, by=by, window=window)
+    e = e[e.control == "imp"]
+    n, text = (
+        len(e),
+        ", ".join(
+            f"{(e.kind == k).sum()} {k}"
+            for k in ("relevant", "irrelevant", "marginal", "unresolved")
+            if (e.kind == k).any()
+        ),
+    )
     lines = [f"{task}: of {n} parts {text} (rounds {e.window.iloc[0]}, {e.seeds.iloc[0]} seeds)."]
     if "untrained" in set(mine.frame.control):
-        null = exponents(mine, by=by, window=window).query("control == 'untrained'").set_index("group").sigma
+        null = (
+            exponents(mine, by=by, window=window)
+            .query("control == 'untrained'")
+            .set_index("group")
+            .sigma
+        )
         d = difference(mine, by=by, window=window).query("control == 'imp'")
         clear = e[e.kind.isin(["relevant", "irrelevant"])].set_index("group").sigma
         same = int((np.sign(clear) == np.sign(null[clear.index])).sum())
-        lines.append(f"  The untrained null has the same sign in {same} of the {len(clear)} that have one. " + _beyond(d, "Training moves"))
+        lines.append(
+            f"  The untrained null has the same sign in {same} of the {len(clear)} that have one. "
+            + _beyond(d, "Training moves")
+        )
     return lines
+
 
 def in_words(
     flow: Flow,  # runs of one or more tasks, at least two seeds each
-    by: str = "block", window="all",  # as in `exponents`
+    by: str = "block",  # as in `exponents`
+    window="all",  # as in `exponents`
 ) -> str:  # a few lines
     "What the flows say, in sentences"
-    real = flow.where(control="imp"); tasks = list(dict.fromkeys(real.frame.task)); lines = []
-    for task in tasks: lines += _one_task(flow, task, by, window)
+    real = flow.where(control="imp")
+    tasks = list(dict.fromkeys(real.frame.task))
+    lines = []
+    for task in tasks:
+        lines += _one_task(flow, task, by, window)
     for i, a in enumerate(tasks):
-        for b in tasks[i + 1:]:
+        for b in tasks[i + 1 :]:
             c = contrast(*(slopes(real.where(task=t), by=by, window=window) for t in (a, b)))
             lines.append(_beyond(c, f"{a} and {b} differ in"))
-    lines.append("(Of many exponents that do not differ, one in twenty is expected beyond its 95 % interval by chance.)")
+    lines.append(
+        "(Of many exponents that do not differ, one in twenty is expected beyond its 95 % interval by chance.)"
+    )
     return "\n".join(lines)

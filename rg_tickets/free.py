@@ -23,50 +23,90 @@ from .models.prunable import groups, prunable
 @dataclass(frozen=True)
 class Law:
     "A distribution of magnitudes in units of its scale; functions of x = threshold / scale, array to array"
+
     survival: Callable  # S(x), probability of |w| > x
     first: Callable  # m(x), mean of |w| [|w| > x]
     second: Callable  # q(x), mean of w^2 [|w| > x]
     density: Callable  # f(x)
     top: float  # no magnitude is larger
 
-def _half_normal(x): return np.sqrt(2 / np.pi) * np.exp(-x**2 / 2)
 
-def _tail(k): return lambda x: (1 - np.clip(x, 0, 1)**k) / k
+def _half_normal(x):
+    return np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2)
+
+
+def _tail(k):
+    return lambda x: (1 - np.clip(x, 0, 1) ** k) / k
+
 
 LAWS = {  # name -> Law; the scale is the standard deviation of a Gaussian, the half-width of a uniform distribution
-    "gaussian": Law(lambda x: erfc(x / np.sqrt(2)), _half_normal, lambda x: x * _half_normal(x) + erfc(x / np.sqrt(2)), _half_normal, 38.),
-    "uniform": Law(_tail(1), _tail(2), _tail(3), lambda x: np.where(x < 1, 1., 0.), 1.)}
+    "gaussian": Law(
+        lambda x: erfc(x / np.sqrt(2)),
+        _half_normal,
+        lambda x: x * _half_normal(x) + erfc(x / np.sqrt(2)),
+        _half_normal,
+        38.0,
+    ),
+    "uniform": Law(_tail(1), _tail(2), _tail(3), lambda x: np.where(x < 1, 1.0, 0.0), 1.0),
+}
 
 # %% ../nbs/24_free.ipynb #51483425
 @dataclass(frozen=True, repr=False)
 class Layer:
     "A tensor of independent weights"
+
     count: int  # N_i
-    scale: float = 1.  # s_i, in units of the weights
+    scale: float = 1.0  # s_i, in units of the weights
     law: str | Law = "gaussian"  # name in LAWS, or a Law
 
     def __post_init__(self):
         if not (np.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"the scale of a law must be positive and finite, not {self.scale}: a Gaussian's is its standard deviation, a uniform law's its half-width")
-        if self.count < 1: raise ValueError(f"a tensor of {self.count} weights has no distribution: leave it out")
-        if not isinstance(self.law, Law): object.__setattr__(self, "law", lookup(self.law, LAWS, "law"))
+            raise ValueError(
+                f"the scale of a law must be positive and finite, not {self.scale}: a Gaussian's is its standard deviation, a uniform law's its half-width"
+            )
+        if self.count < 1:
+            raise ValueError(f"a tensor of {self.count} weights has no distribution: leave it out")
+        if not isinstance(self.law, Law):
+            object.__setattr__(self, "law", lookup(self.law, LAWS, "law"))
 
-    def __repr__(self): return f"Layer({self.count:,} weights, scale {self.scale:.4g})"
+    def __repr__(self):
+        return f"Layer({self.count:,} weights, scale {self.scale:.4g})"
 
 # %% ../nbs/24_free.ipynb #2c45179b
-def _fan(layer): return layer.weight[0].numel()
+def _fan(layer):
+    return layer.weight[0].numel()
 
-def _default(layer, network): return ("gaussian", 1.) if isinstance(layer, nn.Embedding) else ("uniform", _fan(layer)**-.5)
 
-def _gaussian(*types): return lambda layer, network: ("gaussian", (2 / _fan(layer))**.5) if isinstance(layer, types) else _default(layer, network)
+def _default(layer, network):
+    return (
+        ("gaussian", 1.0) if isinstance(layer, nn.Embedding) else ("uniform", _fan(layer) ** -0.5)
+    )
+
+
+def _gaussian(*types):
+    return lambda layer, network: (
+        ("gaussian", (2 / _fan(layer)) ** 0.5)
+        if isinstance(layer, types)
+        else _default(layer, network)
+    )
+
 
 def _config(layer, network):
     if (s := getattr(getattr(network, "config", None), "initializer_range", None)) is None:
-        raise ValueError(f"{type(network).__name__} has no config.initializer_range: init='bert' is for transformers models, take 'he', 'default' or 'open_lth'")
+        raise ValueError(
+            f"{type(network).__name__} has no config.initializer_range: init='bert' is for transformers models, take 'he', 'default' or 'open_lth'"
+        )
     return "gaussian", s
 
+
 _CONV = nn.Conv1d, nn.Conv2d, nn.Conv3d
-RULES = {"he": _gaussian(*_CONV), "default": _default, "open_lth": _gaussian(*_CONV, nn.Linear), "bert": _config}  # name -> rule(layer, network) -> (law, scale)
+RULES = {
+    "he": _gaussian(*_CONV),
+    "default": _default,
+    "open_lth": _gaussian(*_CONV, nn.Linear),
+    "bert": _config,
+}  # name -> rule(layer, network) -> (law, scale)
+
 
 def initial(
     network: nn.Module,  # any network; only shapes are looked at, so the meta device will do
@@ -83,12 +123,23 @@ def initial(
 # %% ../nbs/24_free.ipynb #2f29b479
 def _empirical(w, width=1.1):
     "The Law of one tensor's magnitudes, in units of the weights"
-    w = w.detach().cpu(); v = np.sort(np.abs((w if w.dtype == torch.float64 else w.float()).numpy().ravel()))
+    w = w.detach().cpu()
+    v = np.sort(np.abs((w if w.dtype == torch.float64 else w.float()).numpy().ravel()))
     cut = lambda x: np.searchsorted(v, np.asarray(x, v.dtype), side="right")
-    sums = lambda k: lambda x: np.array([(v[i:].astype(float)**k).sum() for i in np.atleast_1d(cut(x))]).reshape(np.shape(x)) / len(v)
+    sums = lambda k: (
+        lambda x: (
+            np.array([(v[i:].astype(float) ** k).sum() for i in np.atleast_1d(cut(x))]).reshape(
+                np.shape(x)
+            )
+            / len(v)
+        )
+    )
     survival = lambda x: 1 - cut(x) / len(v)
-    density = lambda x: (survival(x / width) - survival(x * width)) / np.maximum(x * (width - 1 / width), 1e-30)
+    density = lambda x: (
+        (survival(x / width) - survival(x * width)) / np.maximum(x * (width - 1 / width), 1e-30)
+    )
     return Law(survival, sums(1), sums(2), density, float(v[-1]))
+
 
 def empirical(
     tensors: dict,  # name -> tensor of weights, any shape
@@ -96,48 +147,66 @@ def empirical(
     "Tensors with the magnitudes they have: pruning them is then exact, nothing is assumed; equal magnitudes go together"
     for k, w in tensors.items():
         if not w.numel() or not w.isfinite().all():
-            raise ValueError(f"{k!r} has no weights, or some that are NaN or infinite: it has no distribution of magnitudes")
-    return {k: Layer(w.numel(), 1., _empirical(w)) for k, w in tensors.items()}
+            raise ValueError(
+                f"{k!r} has no weights, or some that are NaN or infinite: it has no distribution of magnitudes"
+            )
+    return {k: Layer(w.numel(), 1.0, _empirical(w)) for k, w in tensors.items()}
 
 # %% ../nbs/24_free.ipynb #19260925
 def times(
     rounds: int = 12,  # how many prunings
-    rate: float = .2,  # fraction of what is left that each removes
+    rate: float = 0.2,  # fraction of what is left that each removes
 ) -> np.ndarray:  # [rounds + 1] RG times, from 0
     "RG times of a geometric schedule, before counts are rounded"
     return np.arange(rounds + 1) * -np.log1p(-rate)
 
+
 def _checked(layers, t):
     "`t` as an array, if there are weights left then"
-    if not layers: raise ValueError("there are no weights: give a dict of tensor name -> Layer, from `initial` or `empirical`")
+    if not layers:
+        raise ValueError(
+            "there are no weights: give a dict of tensor name -> Layer, from `initial` or `empirical`"
+        )
     t, last = np.atleast_1d(np.asarray(t, float)), math.log(sum(l.count for l in layers.values()))
     if t.min() < 0 or t.max() > last + 1e-9 or np.isnan(t).any():
-        raise ValueError(f"RG time {t[~((t >= 0) & (t <= last + 1e-9))][0]:g} is not between 0 (dense) and ln N = {last:.2f} (the last weight)")
+        raise ValueError(
+            f"RG time {t[~((t >= 0) & (t <= last + 1e-9))][0]:g} is not between 0 (dense) and ln N = {last:.2f} (the last weight)"
+        )
     return t
+
 
 def threshold(
     layers: dict,  # tensor name -> Layer
     t: np.ndarray,  # [rounds] RG times in [0, ln N]
 ) -> np.ndarray:  # [rounds] magnitudes tau: a weight survives if it is larger
     "The global threshold at RG time t"
-    t = _checked(layers, t); left = sum(l.count for l in layers.values()) * np.exp(-t) * (1 + 1e-12)
+    t = _checked(layers, t)
+    left = sum(l.count for l in layers.values()) * np.exp(-t) * (1 + 1e-12)
     alive = lambda tau: sum(l.count * l.law.survival(tau / l.scale) for l in layers.values())
-    low = np.zeros_like(t); high = np.where(alive(low) <= left, 0., max(l.scale * l.law.top for l in layers.values()))
+    low = np.zeros_like(t)
+    high = np.where(alive(low) <= left, 0.0, max(l.scale * l.law.top for l in layers.values()))
     for _ in range(100):
-        middle = (low + high) / 2; enough = alive(middle) <= left
+        middle = (low + high) / 2
+        enough = alive(middle) <= left
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return high
 
 # %% ../nbs/24_free.ipynb #e3ef7770
 def _members(layers, by):
     "Names of the groups, and [groups, tensors] 1 where the tensor belongs"
-    label = list(groups(list(layers), by).values()); names = list(dict.fromkeys(label))
+    label = list(groups(list(layers), by).values())
+    names = list(dict.fromkeys(label))
     return names, np.array([[float(a == b) for b in label] for a in names])
+
 
 def _each(layers, tau, what):
     "[rounds, tensors] of N_i times one of the law's functions, in units of the weights"
     power = dict(survival=0, first=1, second=2, density=-1)[what]
-    return np.stack([l.count * l.scale**power * getattr(l.law, what)(tau / l.scale) for l in layers.values()], -1)
+    return np.stack(
+        [l.count * l.scale**power * getattr(l.law, what)(tau / l.scale) for l in layers.values()],
+        -1,
+    )
+
 
 def magnitudes(
     layers: dict,  # tensor name -> Layer
@@ -145,8 +214,12 @@ def magnitudes(
     by: str = "block",  # how tensors are grouped, as in `groups`
 ) -> pd.DataFrame:  # A_i, a row per time and a column per group
     "Summed magnitude of the survivors of each group"
-    names, member = _members(layers, by); t = _checked(layers, t)
-    return pd.DataFrame(_each(layers, threshold(layers, t), "first") @ member.T, pd.Index(t, name="t"), names)
+    names, member = _members(layers, by)
+    t = _checked(layers, t)
+    return pd.DataFrame(
+        _each(layers, threshold(layers, t), "first") @ member.T, pd.Index(t, name="t"), names
+    )
+
 
 def shares(
     layers: dict,  # tensor name -> Layer
@@ -160,30 +233,49 @@ def shares(
 # %% ../nbs/24_free.ipynb #62d9f13f
 def _edge(layers, tau):
     "[rounds, tensors] rho_i, each tensor's part of the weights at the threshold"
-    g = _each(layers, tau, "density"); total = g.sum(-1, keepdims=True)
+    g = _each(layers, tau, "density")
+    total = g.sum(-1, keepdims=True)
     return np.divide(g, total, out=np.zeros_like(g), where=total > 0)
+
 
 def local_exponents(
     layers: dict,  # tensor name -> Layer; an empirical one counts its density within 10 % of the threshold
     t: np.ndarray,  # [rounds] RG times
     by: str = "block",  # how tensors are grouped
-) -> pd.DataFrame:  # d ln M_i / dt, a row per time and a column per group; nan for a group that has died
+) -> (
+    pd.DataFrame
+):  # d ln M_i / dt, a row per time and a column per group; nan for a group that has died
     "The slope of ln M_i at each RG time, in closed form"
-    names, member = _members(layers, by); t = _checked(layers, t); tau = threshold(layers, t)
+    names, member = _members(layers, by)
+    t = _checked(layers, t)
+    tau = threshold(layers, t)
     A, rho = _each(layers, tau, "first") @ member.T, _edge(layers, tau) @ member.T
-    alive = _each(layers, tau, "survival").sum(-1, keepdims=True); total = A.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"): local = tau[:, None] * alive * (1 / total - rho / A) + 0.
+    alive = _each(layers, tau, "survival").sum(-1, keepdims=True)
+    total = A.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        local = tau[:, None] * alive * (1 / total - rho / A) + 0.0
     return pd.DataFrame(np.where(A > 0, local, np.nan), pd.Index(t, name="t"), names)
 
 # %% ../nbs/24_free.ipynb #a2d1e55a
 def _covariance(layers, tau):
     "[rounds, rounds, tensors, tensors] covariance of the summed magnitudes, threshold fluctuations included"
-    N, (C, X, Q) = np.array([float(l.count) for l in layers.values()]), (_each(layers, tau, k) for k in ("survival", "first", "second"))
-    R = np.arange(len(tau)); later = np.where(tau[:, None] >= tau, R[:, None], R)
-    XX, XC, CC = (tail[later] - a[:, None] * b / N for tail, a, b in ((Q, X, X), (X, X, C), (C, C, C)))
+    N, (C, X, Q) = (
+        np.array([float(l.count) for l in layers.values()]),
+        (_each(layers, tau, k) for k in ("survival", "first", "second")),
+    )
+    R = np.arange(len(tau))
+    later = np.where(tau[:, None] >= tau, R[:, None], R)
+    XX, XC, CC = (
+        tail[later] - a[:, None] * b / N for tail, a, b in ((Q, X, X), (X, X, C), (C, C, C))
+    )
     edge = tau[:, None] * _edge(layers, tau)
     cross = -XC[..., :, None] * edge[None, :, None, :]
-    return XX[..., None] * np.eye(len(N)) + cross + cross.transpose(1, 0, 3, 2) + edge[:, None, :, None] * edge[None, :, None, :] * CC.sum(-1)[..., None, None]
+    return (
+        XX[..., None] * np.eye(len(N))
+        + cross
+        + cross.transpose(1, 0, 3, 2)
+        + edge[:, None, :, None] * edge[None, :, None, :] * CC.sum(-1)[..., None, None]
+    )
 
 # %% ../nbs/24_free.ipynb #534b4697
 def covariance(
@@ -193,38 +285,59 @@ def covariance(
     kind: str = "share",  # "share" for ln M_i, "magnitude" for ln A_i
 ) -> np.ndarray:  # [rounds, rounds, groups, groups], 0 for a group that has died
     "Covariance of the logarithms over independent draws of all weights, to first order in 1/N"
-    whole = lookup(kind, {"share": 1., "magnitude": 0.}, "kind"); names, member = _members(layers, by)
-    tau = threshold(layers, t); A = _each(layers, tau, "first") @ member.T
+    whole = lookup(kind, {"share": 1.0, "magnitude": 0.0}, "kind")
+    names, member = _members(layers, by)
+    tau = threshold(layers, t)
+    A = _each(layers, tau, "first") @ member.T
     cov = np.einsum("gi,abil,hl->abgh", member, _covariance(layers, tau), member, optimize=True)
-    jacobian = np.eye(len(names)) / np.where(A > 0, A, np.nan)[:, :, None] - whole / A.sum(-1)[:, None, None]
-    return np.einsum("agh,abhk,blk->abgl", np.nan_to_num(jacobian), cov, np.nan_to_num(jacobian), optimize=True)
+    jacobian = (
+        np.eye(len(names)) / np.where(A > 0, A, np.nan)[:, :, None]
+        - whole / A.sum(-1)[:, None, None]
+    )
+    return np.einsum(
+        "agh,abhk,blk->abgl", np.nan_to_num(jacobian), cov, np.nan_to_num(jacobian), optimize=True
+    )
+
 
 def errors(
     layers: dict,  # tensor name -> Layer
     t: np.ndarray,  # [rounds] RG times
     by: str = "block",  # how tensors are grouped
     kind: str = "share",  # "share" or "magnitude"
-) -> pd.DataFrame:  # relative standard errors, a row per time and a column per group; nan for a group that has died
+) -> (
+    pd.DataFrame
+):  # relative standard errors, a row per time and a column per group; nan for a group that has died
     "Finite-size standard error of ln M_i or ln A_i: how much one draw of the weights scatters"
     t = _checked(layers, t)
     rows = [np.sqrt(np.diagonal(covariance(layers, u, by, kind)[0, 0]).clip(0)) for u in t]
-    return pd.DataFrame(rows, pd.Index(t, name="t"), _members(layers, by)[0]).where(magnitudes(layers, t, by).values > 0)
+    return pd.DataFrame(rows, pd.Index(t, name="t"), _members(layers, by)[0]).where(
+        magnitudes(layers, t, by).values > 0
+    )
 
 # %% ../nbs/24_free.ipynb #9740463f
 def _weights(t, ok):
     "[rounds, groups] weights c_n of the least-squares slope over the rounds that are ok; nan for fewer than three"
-    dt = np.where(ok, t[:, None] - (t[:, None] * ok).sum(0) / np.maximum(ok.sum(0), 1), 0.)
+    dt = np.where(ok, t[:, None] - (t[:, None] * ok).sum(0) / np.maximum(ok.sum(0), 1), 0.0)
     return np.where(ok.sum(0) >= 3, dt / np.maximum((dt**2).sum(0), 1e-300), np.nan)
+
 
 def exponents(
     layers: dict,  # tensor name -> Layer
     t: np.ndarray | None = None,  # [rounds] RG times, 12 rounds of 20 % by default
     by: str = "block",  # how tensors are grouped
-    level: float = .95,  # of the interval
-) -> pd.DataFrame:  # a row per group: group, sigma, se, low, high; `plot_exponents` takes it as its null
+    level: float = 0.95,  # of the interval
+) -> (
+    pd.DataFrame
+):  # a row per group: group, sigma, se, low, high; `plot_exponents` takes it as its null
     "The free exponents, and the interval in which one untrained network's exponent falls"
-    t = _checked(layers, times() if t is None else t); M = shares(layers, t, by); ok = M.values > 0; c = _weights(t, ok)
-    sigma = (c * np.log(M.where(ok, 1.)).values).sum(0)
+    t = _checked(layers, times() if t is None else t)
+    M = shares(layers, t, by)
+    ok = M.values > 0
+    c = _weights(t, ok)
+    sigma = (c * np.log(M.where(ok, 1.0)).values).sum(0)
     variance = np.einsum("ag,abgg,bg->g", c, covariance(layers, t, by), c)
-    se = np.sqrt(variance.clip(0)); half = stats.norm.ppf((1 + level) / 2) * se
-    return pd.DataFrame(dict(group=list(M), sigma=sigma, se=se, low=sigma - half, high=sigma + half))
+    se = np.sqrt(variance.clip(0))
+    half = stats.norm.ppf((1 + level) / 2) * se
+    return pd.DataFrame(
+        dict(group=list(M), sigma=sigma, se=se, low=sigma - half, high=sigma + half)
+    )

@@ -12,8 +12,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError,
-                                    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
 import rg_tickets
@@ -26,20 +35,38 @@ from .tickets import Ticket, TicketError
 class HubError(OSError):
     "The Hub cannot be reached, or it refuses"
 
+
 def _folder(where):
     "The folder that `where` names, or None for a repository on the Hub; a ValueError if it could be either"
     text = str(where)
-    if isinstance(where, Path) or Path(text).expanduser().exists() or text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1:
+    if (
+        isinstance(where, Path)
+        or Path(text).expanduser().exists()
+        or text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or "\\" in text
+        or text.count("/") > 1
+    ):
         return Path(text).expanduser()
-    if "/" not in text: raise ValueError(f"{text!r} could be a folder or a repository: write './{text}' for a folder, 'owner/{text}' for the Hugging Face Hub")
-    try: validate_repo_id(text)
-    except HFValidationError as e: raise ValueError(f"{text!r} is no name of a repository on the Hub: {e} A folder is written './{text}'") from None
+    if "/" not in text:
+        raise ValueError(
+            f"{text!r} could be a folder or a repository: write './{text}' for a folder, 'owner/{text}' for the Hugging Face Hub"
+        )
+    try:
+        validate_repo_id(text)
+    except HFValidationError as e:
+        raise ValueError(
+            f"{text!r} is no name of a repository on the Hub: {e} A folder is written './{text}'"
+        ) from None
+
 
 def _inside(name):
     "A relative path of a folder in a repository, '' for none, or a ValueError for one that leads out of it"
     path = PurePosixPath(name or "")
     if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", str(path)):
-        raise ValueError(f"subfolder={name!r} leads out of the repository: give a relative path without '..', such as 'seed0'")
+        raise ValueError(
+            f"subfolder={name!r} leads out of the repository: give a relative path without '..', such as 'seed0'"
+        )
     return "" if str(path) == "." else str(path)
 
 # %% ../nbs/35_hub.ipynb #1ed08546
@@ -48,54 +75,110 @@ def _plain(value, limit=120):
     text = re.sub(r"[`|<>\s]+", " ", str(value)).strip()
     return f"{text[:limit]}…" if len(text) > limit else text
 
+
 def _code(value, limit=120):
     "Any value as Markdown code"
     return f"`{text}`" if (text := _plain(value, limit)) else ""
 
+
 def _table(rows, columns):
     "A Markdown table"
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [columns, ["---"] * len(columns), *rows])
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in [columns, ["---"] * len(columns), *rows]
+    )
+
 
 def _build(ticket):
     "The expression that builds the ticket's network, or None if it is not one of our ResNets"
     name, w = ticket.about.get("model"), ticket.weights
-    if not isinstance(name, str) or name not in MODELS or not {"conv1.weight", "fc.weight"} <= set(w): return None
-    size, own = w["conv1.weight"].shape, f"width={w['conv1.weight'].shape[0]}" if name.startswith("cifar") else f"stem={'imagenet' if w['conv1.weight'].shape[-1] == 7 else 'cifar'!r}"
+    if (
+        not isinstance(name, str)
+        or name not in MODELS
+        or not {"conv1.weight", "fc.weight"} <= set(w)
+    ):
+        return None
+    size, own = (
+        w["conv1.weight"].shape,
+        f"width={w['conv1.weight'].shape[0]}"
+        if name.startswith("cifar")
+        else f"stem={'imagenet' if w['conv1.weight'].shape[-1] == 7 else 'cifar'!r}",
+    )
     return f"resnet({name!r}, classes={w['fc.weight'].shape[0]}, in_channels={size[1]}, {own})"
+
 
 def _loading(ticket, where):
     "Five lines that load the ticket into a network"
     build = _build(ticket)
-    lines = ["from rg_tickets.hub import from_pretrained", "from rg_tickets.tickets import apply", f"ticket = from_pretrained({where!r})"]
-    if build: return "\n".join([lines[0], "from rg_tickets.models.resnets import resnet", *lines[1:], f"network = apply(ticket, {build})"])
-    return "\n".join([*lines, "network = ...  # the network the ticket was made for", "apply(ticket, network)"])
+    lines = [
+        "from rg_tickets.hub import from_pretrained",
+        "from rg_tickets.tickets import apply",
+        f"ticket = from_pretrained({where!r})",
+    ]
+    if build:
+        return "\n".join(
+            [
+                lines[0],
+                "from rg_tickets.models.resnets import resnet",
+                *lines[1:],
+                f"network = apply(ticket, {build})",
+            ]
+        )
+    return "\n".join(
+        [*lines, "network = ...  # the network the ticket was made for", "apply(ticket, network)"]
+    )
 
 # %% ../nbs/35_hub.ipynb #8dcf0cf1
-_FACTS = "task", "model", "control", "seed", "rewind", "scope", "prunable"  # of `about`, as they are; paths and all else stay in the file
+_FACTS = (
+    "task",
+    "model",
+    "control",
+    "seed",
+    "rewind",
+    "scope",
+    "prunable",
+)  # of `about`, as they are; paths and all else stay in the file
 
-def _number(value): return float(value) if isinstance(value, (int, float)) else np.nan
+
+def _number(value):
+    return float(value) if isinstance(value, (int, float)) else np.nan
+
 
 def _score(r):
     "Name and value of a round's metric"
     said = r.get("metrics") if isinstance(r.get("metrics"), dict) else {}
     return next(((k, _number(v)) for k, v in said.items() if k != "loss"), ("metric", np.nan))
 
+
 def _front(ticket, licence):
     "The block of YAML at the top of a card"
     about, h = ticket.about, ticket.history
-    facts = {k: v if isinstance(v := about[k], int) else _plain(v) for k in ("task", "model", "control", "seed") if isinstance(about.get(k), (str, int))}
+    facts = {
+        k: v if isinstance(v := about[k], int) else _plain(v)
+        for k in ("task", "model", "control", "seed")
+        if isinstance(about.get(k), (str, int))
+    }
     facts |= dict(prunings=h.rounds, weights=h.total, density=round(h.density(), 6))
-    if ticket.rounds: name, value = _score(ticket.rounds[-1]); facts |= {_plain(name): round(value, 6)}
-    head = dict(library_name="rg_tickets", license=licence, tags=["lottery-ticket", "pruning", "sparsity", "renormalization-group"], rg_tickets=facts)
+    if ticket.rounds:
+        name, value = _score(ticket.rounds[-1])
+        facts |= {_plain(name): round(value, 6)}
+    head = dict(
+        library_name="rg_tickets",
+        license=licence,
+        tags=["lottery-ticket", "pruning", "sparsity", "renormalization-group"],
+        rg_tickets=facts,
+    )
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
 
 def flow_of(
     ticket: Ticket,  # any ticket
 ) -> Flow | None:  # of one run
     "The flow of the rounds a ticket stores, or None if they hold no measurements of tensors"
     labels = {k: str(ticket.about.get(k, "")) for k in ("task", "model", "control")}
-    try: flow = Flow.of(ticket.rounds, ticket.about.get("seed", 0), **labels)
-    except (KeyError, TypeError, AttributeError, IndexError): return None
+    try:
+        flow = Flow.of(ticket.rounds, ticket.about.get("seed", 0), **labels)
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None
     return flow if len(flow.frame) else None
 
 # %% ../nbs/35_hub.ipynb #64a4f7cd
@@ -103,23 +186,60 @@ def _facts(ticket):
     "Rows of the table of facts"
     about, h = ticket.about, ticket.history
     rows = [(k, _code(about[k])) for k in _FACTS if about.get(k) is not None]
-    if about.get("archive"): rows.append(("read from", _code(f"a run of {about['archive']}")))
-    rows += [(k, _code(", ".join(f"{a} {b}" for a, b in about[k].items()), 400)) for k in ("prune", "recipe") if isinstance(about.get(k), dict)]
-    return rows + [("prunable weights", f"{h.total:,}"), ("prunings", h.rounds), ("density", f"{h.density():.4f}")]
+    if about.get("archive"):
+        rows.append(("read from", _code(f"a run of {about['archive']}")))
+    rows += [
+        (k, _code(", ".join(f"{a} {b}" for a, b in about[k].items()), 400))
+        for k in ("prune", "recipe")
+        if isinstance(about.get(k), dict)
+    ]
+    return rows + [
+        ("prunable weights", f"{h.total:,}"),
+        ("prunings", h.rounds),
+        ("density", f"{h.density():.4f}"),
+    ]
+
 
 def _rounds(ticket):
     "The table of densities and scores"
-    rows = [(i, f"{_number(r.get('time')):.3f}", f"{_number(r.get('density')):.4f}", f"{_score(r)[1]:.4f}") for i, r in enumerate(ticket.rounds)]
-    return _table(rows, ["round", "RG time t", "density", _code(_score(ticket.rounds[-1])[0])]) if rows else f"No round was measured; the mask keeps {ticket.history.density():.2%} of the prunable weights."
+    rows = [
+        (
+            i,
+            f"{_number(r.get('time')):.3f}",
+            f"{_number(r.get('density')):.4f}",
+            f"{_score(r)[1]:.4f}",
+        )
+        for i, r in enumerate(ticket.rounds)
+    ]
+    return (
+        _table(rows, ["round", "RG time t", "density", _code(_score(ticket.rounds[-1])[0])])
+        if rows
+        else f"No round was measured; the mask keeps {ticket.history.density():.2%} of the prunable weights."
+    )
 
-def _allowed(licence): return f"The licence is {_code(licence)}." if licence != "unknown" else "No licence was given: ask the author before using it for anything that needs one."
+
+def _allowed(licence):
+    return (
+        f"The licence is {_code(licence)}."
+        if licence != "unknown"
+        else "No licence was given: ask the author before using it for anything that needs one."
+    )
+
 
 def _exponents(flow, by):
     "The table of exponents with what to know when reading it"
-    if flow is None: return "The ticket holds no measurements of its tensors, so it has no flow."
+    if flow is None:
+        return "The ticket holds no measurements of its tensors, so it has no flow."
     e = exponents(flow, by=by, window="all")
-    if not np.isfinite(e.sigma).any(): return f"A slope needs three rounds, and there are {flow.frame.n.nunique()}."
-    table = _table([(_code(r.group), f"{r.sigma:+.3f}", f"{r.se:.3f}", f"{r.r2:.3f}", r.points) for r in e.itertuples()], ["part", "exponent σ", "fit error", "R²", "rounds"])
+    if not np.isfinite(e.sigma).any():
+        return f"A slope needs three rounds, and there are {flow.frame.n.nunique()}."
+    table = _table(
+        [
+            (_code(r.group), f"{r.sigma:+.3f}", f"{r.se:.3f}", f"{r.r2:.3f}", r.points)
+            for r in e.itertuples()
+        ],
+        ["part", "exponent σ", "fit error", "R²", "rounds"],
+    )
     return f"{table}\n\nσ is the slope of ln(share of the surviving magnitude) against t, over all rounds. **One seed**: the errors are those of the fits and know nothing of other seeds. A network pruned without any training has exponents too, often nearly the same; compare with that null before reading a task into them."
 
 # %% ../nbs/35_hub.ipynb #c9f33258
@@ -132,17 +252,22 @@ def card(
 ) -> str:  # Markdown with a block of YAML at the top
     "The model card of a ticket"
     ticket = replace(ticket, rounds=[r for r in ticket.rounds if isinstance(r, dict)])
-    about, flow = ticket.about, flow_of(ticket); versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
-    figure = "![share of the surviving magnitude of each part against RG time](flow.png)\n\n" if flow is not None else ""
+    about, flow = ticket.about, flow_of(ticket)
+    versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
+    figure = (
+        "![share of the surviving magnitude of each part against RG time](flow.png)\n\n"
+        if flow is not None
+        else ""
+    )
     made = ", ".join(f"{k} {v}" for k, v in versions.items()) or "unknown versions"
     return f"""{_front(ticket, licence)}
-# A ticket: {_code(about.get('model', 'a network'))} on {_code(about.get('task', 'a task'))}
+# A ticket: {_code(about.get("model", "a network"))} on {_code(about.get("task", "a task"))}
 
 {note}
 
 Weights to start training from, and which of them survive iterative magnitude pruning: `ticket.safetensors`. Opening it runs no code.
 
-{_table(_facts(ticket), ['', ''])}
+{_table(_facts(ticket), ["", ""])}
 
 ## Load
 
@@ -166,19 +291,30 @@ Made with {_code(made)}; card written by rg_tickets {rg_tickets.__version__}. {_
 # %% ../nbs/35_hub.ipynb #5fc35279
 FILE, CARD, FIGURE = "ticket.safetensors", "README.md", "flow.png"
 
+
 def _is_card(text):
     "Was this page written for a ticket"
-    return text.startswith("---") and bool(re.search(r"^library_name: rg_tickets\s*$", text.split("---")[1], re.M))
+    return text.startswith("---") and bool(
+        re.search(r"^library_name: rg_tickets\s*$", text.split("---")[1], re.M)
+    )
+
 
 def _refuse(text, where):
     "An error for a page that is somebody else's"
-    if not _is_card(text): raise ValueError(f"{where} has a {CARD} that is not a ticket's card, and it would be lost: choose another place, or a subfolder")
+    if not _is_card(text):
+        raise ValueError(
+            f"{where} has a {CARD} that is not a ticket's card, and it would be lost: choose another place, or a subfolder"
+        )
+
 
 def _draw(flow, by, path):
     "The figure of a flow as PNG"
-    figure = Figure(figsize=(5, 3.2), layout="constrained"); ax = plot_flow(flow, by=by, ax=figure.subplots()); one = flow.frame.iloc[0]
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    ax = plot_flow(flow, by=by, ax=figure.subplots())
+    one = flow.frame.iloc[0]
     ax.set_title(f"{one.model} on {one.task}".replace("$", r"\$"), fontsize=10)
-    with replacing(path) as tmp: figure.savefig(tmp, format="png", dpi=100, metadata={"Software": None})
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=100, metadata={"Software": None})
 
 # %% ../nbs/35_hub.ipynb #f29e3b9e
 def write(
@@ -187,40 +323,68 @@ def write(
     **about,  # as in `card`: where, licence, note, by
 ) -> Path:  # the folder
     "Ticket, figure and card in a folder; a page that is not a ticket's card is not overwritten"
-    folder, text = Path(folder), card(ticket, **about); page, flow = folder / CARD, flow_of(ticket)
-    if page.exists(): _refuse(page.read_text(encoding="utf-8", errors="replace"), folder)
-    replace(ticket, about={k: v for k, v in ticket.about.items() if k != "path"}).save(folder / FILE)
-    if flow is not None: _draw(flow, about.get("by", "block"), folder / FIGURE)
-    with replacing(page) as tmp: tmp.write_text(text, encoding="utf-8")
+    folder, text = Path(folder), card(ticket, **about)
+    page, flow = folder / CARD, flow_of(ticket)
+    if page.exists():
+        _refuse(page.read_text(encoding="utf-8", errors="replace"), folder)
+    replace(ticket, about={k: v for k, v in ticket.about.items() if k != "path"}).save(
+        folder / FILE
+    )
+    if flow is not None:
+        _draw(flow, about.get("by", "block"), folder / FIGURE)
+    with replacing(page) as tmp:
+        tmp.write_text(text, encoding="utf-8")
     return folder
 
 # %% ../nbs/35_hub.ipynb #77a56ff1
-_NET = (HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)  # the first is the transport's own error, whatever the transport is
+_NET = (
+    HfHubHTTPError.__bases__[0],
+    ConnectionError,
+    TimeoutError,
+)  # the first is the transport's own error, whatever the transport is
 
-def _status(e): return getattr(getattr(e, "response", None), "status_code", None)
+
+def _status(e):
+    return getattr(getattr(e, "response", None), "status_code", None)
+
 
 def _why(e, repo):
     "What went wrong between here and the Hub, and what to do"
     login = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(e, OfflineModeIsEnabled): return f"HF_HUB_OFFLINE is set, so the Hub is not asked about {repo}: unset it, or give a folder"
+    if isinstance(e, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, so the Hub is not asked about {repo}: unset it, or give a folder"
     if isinstance(e, LocalEntryNotFoundError):
         return f"the Hub cannot be reached, and {repo} is not among the files downloaded before: check the network (and that HF_HUB_OFFLINE is not set), or give a folder"
-    if isinstance(e, LocalTokenNotFoundError) or _status(e) == 401 and not isinstance(e, RepositoryNotFoundError):
+    if (
+        isinstance(e, LocalTokenNotFoundError)
+        or _status(e) == 401
+        and not isinstance(e, RepositoryNotFoundError)
+    ):
         return f"the Hub does not know who asks for {repo}: {login}"
-    if isinstance(e, GatedRepoError): return f"{repo} is open only to those its owner lets in: ask on its page, then {login}"
+    if isinstance(e, GatedRepoError):
+        return f"{repo} is open only to those its owner lets in: ask on its page, then {login}"
     if isinstance(e, RepositoryNotFoundError):
         return f"the Hub has no repository {repo}, or it is private and you are not let in: check the name (a folder is written ./{repo}); if it is private, {login}"
-    if isinstance(e, RevisionNotFoundError): return f"{repo} has no such revision: name a branch, a tag or a commit of it"
-    if isinstance(e, EntryNotFoundError): return f"{repo} has no {FILE} there: it is not a ticket's repository, or the ticket is in a subfolder"
-    if _status(e) == 403: return f"you may not write to {repo}: use a token with the right to write, and a repository of yours (owner/name)"
-    if _status(e): return f"the Hub answers {_status(e)} about {repo}: {getattr(e, 'server_message', None) or e}"
+    if isinstance(e, RevisionNotFoundError):
+        return f"{repo} has no such revision: name a branch, a tag or a commit of it"
+    if isinstance(e, EntryNotFoundError):
+        return f"{repo} has no {FILE} there: it is not a ticket's repository, or the ticket is in a subfolder"
+    if _status(e) == 403:
+        return f"you may not write to {repo}: use a token with the right to write, and a repository of yours (owner/name)"
+    if _status(e):
+        return (
+            f"the Hub answers {_status(e)} about {repo}: {getattr(e, 'server_message', None) or e}"
+        )
     return f"the Hub cannot be reached about {repo} ({type(e).__name__}): check the network, or give a folder"
+
 
 @contextlib.contextmanager
 def _asking(repo):
     "Turn the Hub's errors in the block into a HubError that says what to do"
-    try: yield
-    except (EntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled, *_NET) as e: raise HubError(" ".join(_why(e, repo).split())) from e
+    try:
+        yield
+    except (EntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled, *_NET) as e:
+        raise HubError(" ".join(_why(e, repo).split())) from e
 
 # %% ../nbs/35_hub.ipynb #a11de3a4
 def push_to_hub(
@@ -235,30 +399,57 @@ def push_to_hub(
     api: HfApi | None = None,  # another client of the Hub
 ):  # the folder's Path, or the repository's address
     "Publish a ticket with its card and figure, in one commit; a refusal of the Hub is a HubError"
-    folder, sub = _folder(where), _inside(subfolder); said = dict(licence=licence, note=note, by=by)
-    if folder is not None: return write(ticket, folder / sub, where=f"./{folder.name}" + (f"/{sub}" if sub else ""), **said)
+    folder, sub = _folder(where), _inside(subfolder)
+    said = dict(licence=licence, note=note, by=by)
+    if folder is not None:
+        return write(
+            ticket, folder / sub, where=f"./{folder.name}" + (f"/{sub}" if sub else ""), **said
+        )
     api, repo = api or HfApi(token=token), str(where)
     with tempfile.TemporaryDirectory() as d:
         write(ticket, d, where=repo, **said)
-        if sub: _told(Path(d) / CARD, repo, sub)
+        if sub:
+            _told(Path(d) / CARD, repo, sub)
         with _asking(repo):
             url = api.create_repo(repo, private=private, exist_ok=True, token=token)
             _refuse(_page(api, repo, sub, token), repo)
-            message = f"Ticket: {ticket.history.rounds} prunings, density {ticket.history.density():.4f}"
-            api.upload_folder(repo_id=repo, folder_path=d, path_in_repo=sub or None, commit_message=message, token=token)
+            message = (
+                f"Ticket: {ticket.history.rounds} prunings, density {ticket.history.density():.4f}"
+            )
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=d,
+                path_in_repo=sub or None,
+                commit_message=message,
+                token=token,
+            )
     return str(url)
+
 
 def _told(page, repo, sub):
     "Name the subfolder in the lines that load the ticket"
-    page.write_text(page.read_text(encoding="utf-8").replace(f"from_pretrained({repo!r})", f"from_pretrained({repo!r}, {sub!r})"), encoding="utf-8")
+    page.write_text(
+        page.read_text(encoding="utf-8").replace(
+            f"from_pretrained({repo!r})", f"from_pretrained({repo!r}, {sub!r})"
+        ),
+        encoding="utf-8",
+    )
+
 
 def _page(api, repo, sub, token):
     "The page that is there already; if there is none, or the Hub's own first one, an empty card"
     none = "---\nlibrary_name: rg_tickets\n---"
-    try: text = Path(api.hf_hub_download(repo, CARD, subfolder=sub or None, token=token)).read_text(encoding="utf-8", errors="replace")
-    except LocalEntryNotFoundError: raise  # no answer, which is not the same as no page
-    except EntryNotFoundError: return none
-    return text if re.sub(r"^---.*?---", "", text, flags=re.S).strip() else none  # the Hub's own holds only a block of YAML
+    try:
+        text = Path(api.hf_hub_download(repo, CARD, subfolder=sub or None, token=token)).read_text(
+            encoding="utf-8", errors="replace"
+        )
+    except LocalEntryNotFoundError:
+        raise  # no answer, which is not the same as no page
+    except EntryNotFoundError:
+        return none
+    return (
+        text if re.sub(r"^---.*?---", "", text, flags=re.S).strip() else none
+    )  # the Hub's own holds only a block of YAML
 
 # %% ../nbs/35_hub.ipynb #b53bce65
 def from_pretrained(
@@ -271,19 +462,41 @@ def from_pretrained(
 ) -> Ticket:
     "A ticket from a folder or from the Hub; no file but ticket.safetensors is read, and no code in it is run"
     folder, sub = _folder(where), _inside(subfolder)
-    if folder is not None: return _local(folder, sub, revision)
+    if folder is not None:
+        return _local(folder, sub, revision)
     api, repo = api or HfApi(token=token), str(where)
-    with _asking(repo): path = api.hf_hub_download(repo, FILE, subfolder=sub or None, revision=revision, force_download=force, token=token)
-    try: return Ticket.load(path)
-    except TicketError as e: raise TicketError(f"the ticket of {repo} cannot be used: {e}. If the download was cut short, force=True downloads it again") from None
+    with _asking(repo):
+        path = api.hf_hub_download(
+            repo, FILE, subfolder=sub or None, revision=revision, force_download=force, token=token
+        )
+    try:
+        return Ticket.load(path)
+    except TicketError as e:
+        raise TicketError(
+            f"the ticket of {repo} cannot be used: {e}. If the download was cut short, force=True downloads it again"
+        ) from None
+
 
 def _local(folder, sub, revision):
     "A ticket from a folder or a file"
-    if revision: raise ValueError(f"{folder} is a folder here and has no revision {revision!r}: leave it out")
-    if folder.is_file() and not sub: return Ticket.load(folder)
-    if not folder.is_dir(): raise FileNotFoundError(errno.ENOENT, "no such folder; a repository on the Hub is written 'owner/name'", str(folder))
+    if revision:
+        raise ValueError(
+            f"{folder} is a folder here and has no revision {revision!r}: leave it out"
+        )
+    if folder.is_file() and not sub:
+        return Ticket.load(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no such folder; a repository on the Hub is written 'owner/name'",
+            str(folder),
+        )
     path = folder / sub / FILE
-    if not path.resolve().is_relative_to(folder.resolve()): raise ValueError(f"{path} is a link that leads out of {folder}: put the ticket itself there")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} is a link that leads out of {folder}: put the ticket itself there"
+        )
     return Ticket.load(path)
+
 
 Ticket.push_to_hub, Ticket.from_pretrained = push_to_hub, staticmethod(from_pretrained)

@@ -13,7 +13,14 @@ from typing import Callable, Iterator
 import torch
 import rg_tickets
 from .basics import generator, lookup, patch_to, seeded
-from .masks import ALIVE, MaskHistory, Schedule, prune as coarse_grain, random_scores, shuffled
+from rg_tickets.masks import (
+    ALIVE,
+    MaskHistory,
+    Schedule,
+    prune as coarse_grain,
+    random_scores,
+    shuffled,
+)
 from .models.prunable import prunable
 from .ranks import World, world as find_world
 from .selection import check_finite
@@ -26,19 +33,34 @@ from .train import Diverged, Masked, Recipe, optimizer, pack, place, refine, unp
 @dataclass(frozen=True)
 class Control:
     "Which steps of the map are done, and how"
+
     train: str = "every"  # refine "every" round, "once" (the dense network), or "never"
     rank: str = "magnitude"  # who goes: the smallest "magnitude", "random", or "given" by a ticket
     shuffle: bool = False  # permute a given mask within each tensor
     fresh: bool = False  # permute the initial weights within each tensor: new weights of the same distribution
     about: str = ""  # in words
 
+
 CONTROLS = {
     "imp": Control(about="the map itself: masks by magnitude, trained every round"),
-    "untrained": Control(train="never", about="prune the weights one would rewind to; no training at all"),
-    "oneshot": Control(train="once", about="train the dense network once, then prune along the schedule without retraining"),
+    "untrained": Control(
+        train="never", about="prune the weights one would rewind to; no training at all"
+    ),
+    "oneshot": Control(
+        train="once",
+        about="train the dense network once, then prune along the schedule without retraining",
+    ),
     "random": Control(rank="random", about="random masks of the same density, trained every round"),
-    "shuffled": Control(rank="given", shuffle=True, about="a ticket's masks permuted within each tensor: its layer densities, other weights"),
-    "reinit": Control(rank="given", fresh=True, about="a ticket's masks; initial weights permuted within each tensor, a new draw from the same distribution"),
+    "shuffled": Control(
+        rank="given",
+        shuffle=True,
+        about="a ticket's masks permuted within each tensor: its layer densities, other weights",
+    ),
+    "reinit": Control(
+        rank="given",
+        fresh=True,
+        about="a ticket's masks; initial weights permuted within each tensor, a new draw from the same distribution",
+    ),
     "given": Control(rank="given", about="a ticket's masks on this network"),
 }
 
@@ -52,14 +74,25 @@ def measure(
     rows = []
     for name, w in params.items():
         live = w[masks[name]].abs().cpu().double()
-        ends = (live.max().item(), live.min().item()) if len(live) else (0., 0.)
-        rows.append(dict(tensor=name, count=w.numel(), alive=len(live), l1=live.sum().item(), l2=live.square().sum().item(), largest=ends[0], smallest=ends[1]))
+        ends = (live.max().item(), live.min().item()) if len(live) else (0.0, 0.0)
+        rows.append(
+            dict(
+                tensor=name,
+                count=w.numel(),
+                alive=len(live),
+                l1=live.sum().item(),
+                l2=live.square().sum().item(),
+                largest=ends[0],
+                smallest=ends[1],
+            )
+        )
     return rows
 
 # %% ../nbs/23_imp.ipynb #8f49de86
 @dataclass(frozen=True)
 class Round:
     "What one round was and measured; plain data"
+
     n: int  # round, 0 is the dense network
     time: float  # RG time ln N / alive, from the weights really alive
     density: float  # alive / N
@@ -79,20 +112,38 @@ def counts(
     scope: str = "global",  # "global", or "layer"
 ) -> int | dict:  # weights to remove in the next round: in all, or name -> count
     "What to ask of `masks.prune`"
-    if not lookup(scope, {"global": False, "layer": True}, "scope"): return schedule.remove(sum(history.alive().values()), history.total)
-    return {k: min(schedule.remove(n, history.died[k].numel()), n - 1) for k, n in history.alive().items()}
+    if not lookup(scope, {"global": False, "layer": True}, "scope"):
+        return schedule.remove(sum(history.alive().values()), history.total)
+    return {
+        k: min(schedule.remove(n, history.died[k].numel()), n - 1)
+        for k, n in history.alive().items()
+    }
 
 # %% ../nbs/23_imp.ipynb #2ad9661f
 @dataclass
 class _Run:
     "The state of a run, and the three steps of the map"
-    task: Task; network: torch.nn.Module; recipe: Recipe; seed: int; schedule: Schedule; scope: str; policy: Policy; control: Control; k: int
-    params: dict; history: MaskHistory; about: dict; report: Callable; folder: Path | None; every: float
+
+    task: Task
+    network: torch.nn.Module
+    recipe: Recipe
+    seed: int
+    schedule: Schedule
+    scope: str
+    policy: Policy
+    control: Control
+    k: int
+    params: dict
+    history: MaskHistory
+    about: dict
+    report: Callable
+    folder: Path | None
+    every: float
     snapshot: Snapshot | None = None
     rounds: list = field(default_factory=list)
     resumed: dict | None = None  # header of the state found on disk
     opt: torch.optim.Optimizer | None = None
-    threshold: float = 0.
+    threshold: float = 0.0
     world: World = World()
 
     @property
@@ -103,89 +154,163 @@ class _Run:
     @property
     def mark(self):
         "What tells this run's states from those of others"
-        return digest({}, json.dumps([{k: v for k, v in self.about.items() if k not in ("versions", "resumed")}, self.snapshot.digest], sort_keys=True))
+        return digest(
+            {},
+            json.dumps(
+                [
+                    {k: v for k, v in self.about.items() if k not in ("versions", "resumed")},
+                    self.snapshot.digest,
+                ],
+                sort_keys=True,
+            ),
+        )
 
     @property
     def carries(self):
         "Does a later round need the weights of an earlier one"
-        return self.control.train == "once" or (self.control.train == "every" and not set(PARTS[:5]) <= set(self.policy.resets))
+        return self.control.train == "once" or (
+            self.control.train == "every" and not set(PARTS[:5]) <= set(self.policy.resets)
+        )
 
 # %% ../nbs/23_imp.ipynb #8f244cc3
 @patch_to(_Run)
 def rewind(self, n):
     "Set back what the policy says, and put the mask in force"
-    if self.control.train == "every" or n == 0: self.snapshot.restore(self.network, self.policy.resets if n else PARTS)
-    if "optimizer" in self.policy.resets or not n: self.opt = None
-    self.masked = Masked(self.params, self.history.mask(n)); self.masked.weights()
-    if self.opt: self.masked.state(self.opt)
+    if self.control.train == "every" or n == 0:
+        self.snapshot.restore(self.network, self.policy.resets if n else PARTS)
+    if "optimizer" in self.policy.resets or not n:
+        self.opt = None
+    self.masked = Masked(self.params, self.history.mask(n))
+    self.masked.weights()
+    if self.opt:
+        self.masked.state(self.opt)
 
 # %% ../nbs/23_imp.ipynb #06299135
 @patch_to(_Run)
 def rate(self, n):
     "None for the recipe's schedule; the last rate of it where the policy lets the schedule go on"
-    if n == 0 or "schedule" in self.policy.resets: return None
-    last = self.policy.rate or self.recipe.rate(self.end - 1, self.task.data.steps(self.recipe.batch_size))
+    if n == 0 or "schedule" in self.policy.resets:
+        return None
+    last = self.policy.rate or self.recipe.rate(
+        self.end - 1, self.task.data.steps(self.recipe.batch_size)
+    )
     return lambda step: last
+
 
 @patch_to(_Run)
 def refine(self, n):
     "Train the survivors of round n, or take the training up where it was killed; the last epoch's loss"
-    if self.control.train == "never" or (self.control.train == "once" and n): return float("nan")
+    if self.control.train == "never" or (self.control.train == "once" and n):
+        return float("nan")
     start, loss = self.k, float("nan")
     self.opt = self.opt or optimizer(self.network, self.recipe)
     if self.resumed and self.resumed["n"] == n:
-        start, loss = self.resumed["step"], self.resumed["loss"]; self.load_state()
+        start, loss = self.resumed["step"], self.resumed["loss"]
+        self.load_state()
     with self.world.spread(self.network):
-        done = refine(self.task, self.network, self.recipe, self.seed, self.masked, start, self.end, self.rate(n), self.opt, self.keeper(n))
+        done = refine(
+            self.task,
+            self.network,
+            self.recipe,
+            self.seed,
+            self.masked,
+            start,
+            self.end,
+            self.rate(n),
+            self.opt,
+            self.keeper(n),
+        )
     return done if start < self.end else loss
 
 # %% ../nbs/23_imp.ipynb #51d5821c
 @patch_to(_Run)
 def measure(self, n, loss):
     "The round as plain data; a network that diverged is an error, not a round"
-    masks = self.history.mask(n); check_finite(self.params)
+    masks = self.history.mask(n)
+    check_finite(self.params)
     metrics = self.world.same(evaluate(self.task, self.network, self.recipe.precision))
-    if not math.isfinite(metrics["loss"]): raise Diverged(f"the test loss of {self.task.name!r} is {metrics['loss']} after round {n}: training diverged; lower the learning rate, or set clip=1.0")
-    return Round(n, self.history.time(n), self.history.density(n), loss, metrics, self.threshold, measure(self.params, masks))
+    if not math.isfinite(metrics["loss"]):
+        raise Diverged(
+            f"the test loss of {self.task.name!r} is {metrics['loss']} after round {n}: training diverged; lower the learning rate, or set clip=1.0"
+        )
+    return Round(
+        n,
+        self.history.time(n),
+        self.history.density(n),
+        loss,
+        metrics,
+        self.threshold,
+        measure(self.params, masks),
+    )
+
 
 @patch_to(_Run)
 def coarse_grain(self, n):
     "Make the mask of round n + 1"
-    if self.control.rank == "given": self.history.rounds += 1; return
-    scores = {k: p.detach() for k, p in self.params.items()} if self.control.rank == "magnitude" else random_scores(self.params, self.seed, n + 1)
-    self.threshold = coarse_grain(self.history, scores, counts(self.schedule, self.history, self.scope))
+    if self.control.rank == "given":
+        self.history.rounds += 1
+        return
+    scores = (
+        {k: p.detach() for k, p in self.params.items()}
+        if self.control.rank == "magnitude"
+        else random_scores(self.params, self.seed, n + 1)
+    )
+    self.threshold = coarse_grain(
+        self.history, scores, counts(self.schedule, self.history, self.scope)
+    )
 
 # %% ../nbs/23_imp.ipynb #4d203aae
 @patch_to(_Run)
 def save(self):
     "Replace the ticket on disk"
-    if self.folder: self.world.once(lambda: self.ticket().save(self.folder / "ticket.safetensors"))
+    if self.folder:
+        self.world.once(lambda: self.ticket().save(self.folder / "ticket.safetensors"))
+
 
 @patch_to(_Run)
 def ticket(self):
     "The ticket as it stands"
-    return Ticket(self.snapshot.state, self.history, [asdict(r) for r in self.rounds], self.about, self.threshold)
+    return Ticket(
+        self.snapshot.state,
+        self.history,
+        [asdict(r) for r in self.rounds],
+        self.about,
+        self.threshold,
+    )
+
 
 @patch_to(_Run)
 def save_state(self, n, step, loss):
     "Put the training aside: round, step, weights, optimizer"
-    save_tensors(self.folder / "state.safetensors", pack(self.network, self.opt), dict(n=n, step=step, loss=loss, run=self.mark), "state")
+    save_tensors(
+        self.folder / "state.safetensors",
+        pack(self.network, self.opt),
+        dict(n=n, step=step, loss=loss, run=self.mark),
+        "state",
+    )
+
 
 @patch_to(_Run)
 def load_state(self):
     "Take weights and optimizer from the state on disk"
     unpack(load_tensors(self.folder / "state.safetensors", "state")[0], self.network, self.opt)
 
+
 @patch_to(_Run)
 def keeper(self, n):
     "What to do after each epoch of round n, on rank 0: report, and put the state aside if it is time to"
-    if not self.world.lead: return None
+    if not self.world.lead:
+        return None
     last = time.monotonic()
+
     def after_epoch(step, network, opt, loss):
         nonlocal last
         self.report(n, step, self.end)
         due = time.monotonic() - last > self.every or (self.carries and step == self.end)
-        if self.folder and due and n >= 0: self.save_state(n, step, loss); last = time.monotonic()
+        if self.folder and due and n >= 0:
+            self.save_state(n, step, loss)
+            last = time.monotonic()
+
     return after_epoch
 
 # %% ../nbs/23_imp.ipynb #228573cd
@@ -193,30 +318,59 @@ def keeper(self, n):
 def resume(self, last):
     "Go on from the files in the folder, if they are there and of this run"
     path = self.folder / "ticket.safetensors"
-    if not path.exists(): return False
+    if not path.exists():
+        return False
     found, mine = Ticket.load(path), json.loads(json.dumps(self.about))
     theirs, self.threshold = found.about, found.threshold
-    other = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)" for k in mine if k != "versions" and theirs.get(k) != mine[k]]
-    if other: raise TicketError(f"{self.folder} holds another run: {'; '.join(other[:3])}. Choose another folder, or the arguments that run had")
+    other = [
+        f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
+        for k in mine
+        if k != "versions" and theirs.get(k) != mine[k]
+    ]
+    if other:
+        raise TicketError(
+            f"{self.folder} holds another run: {'; '.join(other[:3])}. Choose another folder, or the arguments that run had"
+        )
     if theirs["versions"] != mine["versions"]:
-        warnings.warn(f"{self.folder} was begun with {theirs['versions']}, this is {mine['versions']}: rounds made from now on may differ in their last bits")
+        warnings.warn(
+            f"{self.folder} was begun with {theirs['versions']}, this is {mine['versions']}: rounds made from now on may differ in their last bits"
+        )
         theirs["resumed"] = mine["versions"]
     self.about = theirs
-    self.snapshot = Snapshot(found.weights); self.rounds = [Round(**r) for r in found.rounds]
+    self.snapshot = Snapshot(found.weights)
+    self.rounds = [Round(**r) for r in found.rounds]
     self.history = found.history.to(next(iter(self.params.values())).device)
     self.find_state(bool(self.rounds) and last(self.rounds[-1]))
     return True
 
+
 @patch_to(_Run)
 def agree(self, when):
     "All ranks hold the same weights and the same masks, or none goes on"
-    self.world.agree(when, self.about | {f"{part} {k}": t for part, d in (("weights", self.network.state_dict()), ("mask", self.history.died)) for k, t in d.items()})
+    self.world.agree(
+        when,
+        self.about
+        | {
+            f"{part} {k}": t
+            for part, d in (("weights", self.network.state_dict()), ("mask", self.history.died))
+            for k, t in d.items()
+        },
+    )
+
 
 @patch_to(_Run)
 def take_up(self, last):
     "Resume on every rank or on none"
     found = bool(self.folder and self.resume(last))
-    self.world.agree("taking up the run", dict(found=found, rounds=len(self.rounds), state=self.resumed, weights=digest(self.snapshot.state if found else {})))
+    self.world.agree(
+        "taking up the run",
+        dict(
+            found=found,
+            rounds=len(self.rounds),
+            state=self.resumed,
+            weights=digest(self.snapshot.state if found else {}),
+        ),
+    )
     return found
 
 # %% ../nbs/23_imp.ipynb #fd2e677d
@@ -224,71 +378,173 @@ def take_up(self, last):
 def find_state(self, over):
     "Look for a training put aside: one of the coming round is taken up, an earlier one gives its weights to the coming round"
     n = len(self.rounds)
-    before = 0 if self.control.train == "once" else n - 1  # the round whose weights the coming one needs
-    try: header = load_tensors(self.folder / "state.safetensors", "state")[1]
-    except (FileNotFoundError, TicketError): header = None  # a round that starts from the snapshot is done again from there
-    if header and header.get("run", self.mark) != self.mark: header = None
-    if header and header["n"] == n: self.resumed = header
+    before = (
+        0 if self.control.train == "once" else n - 1
+    )  # the round whose weights the coming one needs
+    try:
+        header = load_tensors(self.folder / "state.safetensors", "state")[1]
+    except (FileNotFoundError, TicketError):
+        header = None  # a round that starts from the snapshot is done again from there
+    if header and header.get("run", self.mark) != self.mark:
+        header = None
+    if header and header["n"] == n:
+        self.resumed = header
     elif header and self.carries and n and (header["n"], header["step"]) == (before, self.end):
-        self.opt = optimizer(self.network, self.recipe); self.load_state()
+        self.opt = optimizer(self.network, self.recipe)
+        self.load_state()
     elif self.carries and 0 < n and not over:
-        raise TicketError(f"{self.folder} has lost its state.safetensors (it is missing, damaged, or of another run or round), "
-                          f"and with it the weights that round {n} goes on from: delete the folder and run again")
+        raise TicketError(
+            f"{self.folder} has lost its state.safetensors (it is missing, damaged, or of another run or round), "
+            f"and with it the weights that round {n} goes on from: delete the folder and run again"
+        )
 
 # %% ../nbs/23_imp.ipynb #e50c5c95
-def _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, world, device, folder, report, every):
+def _prepare(
+    task,
+    network,
+    recipe,
+    seed,
+    schedule,
+    scope,
+    rewind,
+    control,
+    preset,
+    ticket,
+    rounds,
+    world,
+    device,
+    folder,
+    report,
+    every,
+):
     "Check the arguments, and build the run they describe"
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0: raise ValueError(f"rounds must be a whole number, 0 or more, not {rounds!r}")
-    if rounds >= ALIVE: raise ValueError(f"rounds={rounds}: a history holds at most {ALIVE - 1}; prune more per round")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"rounds must be a whole number, 0 or more, not {rounds!r}")
+    if rounds >= ALIVE:
+        raise ValueError(
+            f"rounds={rounds}: a history holds at most {ALIVE - 1}; prune more per round"
+        )
     per_epoch, what = task.data.steps(recipe.batch_size), lookup(control, CONTROLS, "control")
     how, k = policy(rewind, per_epoch)
     _sensible(how, k, recipe, per_epoch)
-    device = world.device(device); place(network, device)
-    params = prunable(network, preset); history = MaskHistory.dense(params)
-    if what.rank == "given": history = _follow(ticket, history, what, seed, rounds, control)
-    else: counts(schedule, history, scope); _enough(schedule, history.total, rounds)
-    versions = dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type) | (dict(ranks=world.size) if world.size > 1 else {})
-    about = dict(task=task.name, data=_peek(task, network, seed, recipe), model=getattr(network, "name", type(network).__name__), control=control, seed=seed,
-                 rounds=rounds, prune=asdict(schedule), scope=scope, rewind=rewind if isinstance(rewind, str) else asdict(rewind),
-                 prunable=preset if isinstance(preset, str) else list(params), recipe=asdict(recipe), initial=digest(network.state_dict()),
-                 masks=digest(ticket.history.died) if ticket else None, versions=versions)
-    return _Run(task, network, recipe, seed, schedule, scope, how, what, k, params, history, about, report or (lambda *a: None), folder, every, world=world)
+    device = world.device(device)
+    place(network, device)
+    params = prunable(network, preset)
+    history = MaskHistory.dense(params)
+    if what.rank == "given":
+        history = _follow(ticket, history, what, seed, rounds, control)
+    else:
+        counts(schedule, history, scope)
+        _enough(schedule, history.total, rounds)
+    versions = dict(
+        rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=torch.device(device).type
+    ) | (dict(ranks=world.size) if world.size > 1 else {})
+    about = dict(
+        task=task.name,
+        data=_peek(task, network, seed, recipe),
+        model=getattr(network, "name", type(network).__name__),
+        control=control,
+        seed=seed,
+        rounds=rounds,
+        prune=asdict(schedule),
+        scope=scope,
+        rewind=rewind if isinstance(rewind, str) else asdict(rewind),
+        prunable=preset if isinstance(preset, str) else list(params),
+        recipe=asdict(recipe),
+        initial=digest(network.state_dict()),
+        masks=digest(ticket.history.died) if ticket else None,
+        versions=versions,
+    )
+    return _Run(
+        task,
+        network,
+        recipe,
+        seed,
+        schedule,
+        scope,
+        how,
+        what,
+        k,
+        params,
+        history,
+        about,
+        report or (lambda *a: None),
+        folder,
+        every,
+        world=world,
+    )
 
 # %% ../nbs/23_imp.ipynb #887b7ed1
 def _sensible(how, k, recipe, per_epoch):
     "Refuse a rewind point beyond the recipe's end, and fine-tuning at a rate that trains nothing"
     end = recipe.epochs * per_epoch
-    if k >= end: raise ValueError(f"the rewind point is step {k}, but the recipe ends at step {end} ({recipe.epochs} epochs of {per_epoch} steps): rewind to an earlier step, or train longer")
+    if k >= end:
+        raise ValueError(
+            f"the rewind point is step {k}, but the recipe ends at step {end} ({recipe.epochs} epochs of {per_epoch} steps): rewind to an earlier step, or train longer"
+        )
     last = how.rate or recipe.rate(end - 1, per_epoch)
-    if "schedule" not in how.resets and last < .01 * recipe.lr: raise ValueError(f"a schedule that goes on stays at its last rate, and {recipe.schedule!r} ends at {last:.1e}, which trains nothing: use schedule='drops' or 'constant', or give the policy a rate")
+    if "schedule" not in how.resets and last < 0.01 * recipe.lr:
+        raise ValueError(
+            f"a schedule that goes on stays at its last rate, and {recipe.schedule!r} ends at {last:.1e}, which trains nothing: use schedule='drops' or 'constant', or give the policy a rate"
+        )
+
 
 def _peek(task, network, seed, recipe):
     "Facts about the data, or a fingerprint of the first batch if it has none; tries loss and metrics on it before hours are spent"
-    with seeded(seed, "peek"): batch = next(task.data.to(next(network.parameters()).device).batches(seed, 0, recipe.batch_size))
-    training = network.training; network.eval()
+    with seeded(seed, "peek"):
+        batch = next(
+            task.data.to(next(network.parameters()).device).batches(seed, 0, recipe.batch_size)
+        )
+    training = network.training
+    network.eval()
     with torch.no_grad():
-        if not (task.objective or task.judge):  # an objective of one's own may keep a state that a trial would change, a judge knows other scores
+        if not (
+            task.objective or task.judge
+        ):  # an objective of one's own may keep a state that a trial would change, a judge knows other scores
             output = network(batch[0]).float()
-            for score in (task.loss, *task.metrics.values()): float(score(output, batch[1]))
+            for score in (task.loss, *task.metrics.values()):
+                float(score(output, batch[1]))
     network.train(training)
-    return task.about or dict(first_batch=digest({str(i): o for i, o in enumerate(batch)}), loss=getattr(task.loss, "__qualname__", type(task.loss).__name__), metrics=list(task.metrics))
+    return task.about or dict(
+        first_batch=digest({str(i): o for i, o in enumerate(batch)}),
+        loss=getattr(task.loss, "__qualname__", type(task.loss).__name__),
+        metrics=list(task.metrics),
+    )
+
 
 def _enough(schedule, total, rounds):
     "Refuse a schedule that would leave nothing"
     alive = total
     for n in range(1, rounds + 1):
-        if not schedule.remove(alive, total): raise ValueError(f"{rounds} rounds of pruning at rate {schedule.rate} come to an end in round {n}: of the {alive} weights left it would remove none. Ask for {n - 1} rounds or fewer")
+        if not schedule.remove(alive, total):
+            raise ValueError(
+                f"{rounds} rounds of pruning at rate {schedule.rate} come to an end in round {n}: of the {alive} weights left it would remove none. Ask for {n - 1} rounds or fewer"
+            )
         alive -= schedule.remove(alive, total)
-        if alive < 1: raise ValueError(f"{rounds} rounds of {schedule.rule} pruning at rate {schedule.rate} would leave none of the {total} weights in round {n}: a density of 0 is no network")
+        if alive < 1:
+            raise ValueError(
+                f"{rounds} rounds of {schedule.rule} pruning at rate {schedule.rate} would leave none of the {total} weights in round {n}: a density of 0 is no network"
+            )
+
 
 def _follow(ticket, history, control, seed, rounds, name):
     "A ticket's masks, to be revealed round by round"
-    if ticket is None: raise ValueError(f"the control {name!r} follows a ticket's masks: give ticket=Ticket.load(...)")
-    theirs, mine = ({k: tuple(d.shape) for k, d in h.died.items()} for h in (ticket.history, history))
+    if ticket is None:
+        raise ValueError(
+            f"the control {name!r} follows a ticket's masks: give ticket=Ticket.load(...)"
+        )
+    theirs, mine = (
+        {k: tuple(d.shape) for k, d in h.died.items()} for h in (ticket.history, history)
+    )
     if theirs != mine:
         first = next(k for k in theirs | mine if theirs.get(k) != mine.get(k))
-        raise TicketError(f"the ticket's masks do not fit the network: {len(theirs)} tensors there, {len(mine)} prunable here, first difference {first}")
-    if rounds > ticket.history.rounds: raise ValueError(f"the ticket knows {ticket.history.rounds} prunings, {rounds} were asked for: use rounds={ticket.history.rounds} or fewer")
+        raise TicketError(
+            f"the ticket's masks do not fit the network: {len(theirs)} tensors there, {len(mine)} prunable here, first difference {first}"
+        )
+    if rounds > ticket.history.rounds:
+        raise ValueError(
+            f"the ticket knows {ticket.history.rounds} prunings, {rounds} were asked for: use rounds={ticket.history.rounds} or fewer"
+        )
     given = shuffled(ticket.history, seed) if control.shuffle else ticket.history
     return MaskHistory({k: given.died[k].to(d.device).clone() for k, d in history.died.items()}, 0)
 
@@ -297,13 +553,23 @@ def _follow(ticket, history, control, seed, rounds, name):
 @torch.no_grad()
 def begin(self):
     "The weights to rewind to: the given ones, permuted for the re-initialised control, or those after k steps"
-    if self.folder and self.world.lead: (self.folder / "state.safetensors").unlink(missing_ok=True)  # of a run that is no more
+    if self.folder and self.world.lead:
+        (self.folder / "state.safetensors").unlink(missing_ok=True)  # of a run that is no more
     if self.control.fresh:
         g = generator(self.seed, "reinit")
-        for p in self.params.values(): p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view(p.shape))
+        for p in self.params.values():
+            p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view(p.shape))
     self.snapshot = Snapshot(self.network.state_dict())
     if self.k:
-        with torch.enable_grad(), self.world.spread(self.network): refine(self.task, self.network, self.recipe, self.seed, stop=self.k, after_epoch=self.keeper(-1))
+        with torch.enable_grad(), self.world.spread(self.network):
+            refine(
+                self.task,
+                self.network,
+                self.recipe,
+                self.seed,
+                stop=self.k,
+                after_epoch=self.keeper(-1),
+            )
         self.snapshot = Snapshot(self.network.state_dict())
     self.save()
 
@@ -312,7 +578,8 @@ def imp(
     task: Task,  # what to train on
     network: torch.nn.Module,  # at its initial weights; trained in place (rounds that come from the folder do not touch it)
     rounds: int = 12,  # prunings; round 0 is the dense network, so rounds + 1 are yielded
-    prune: float | Schedule = .2,  # share of the surviving weights removed per round, or a schedule
+    prune: float  # share of the surviving weights removed per round, or a schedule
+    | Schedule = 0.2,  # share of the surviving weights removed per round, or a schedule
     rewind: str | Policy = "init",  # a name in `POLICIES`, or "500it", "2ep"
     recipe: Recipe = Recipe(),  # how to train
     seed: int = 0,  # data order, augmentation, random masks
@@ -321,28 +588,58 @@ def imp(
     scope: str = "global",  # rank weights over the whole network, or each "layer" by itself
     ticket: Ticket | None = None,  # whose masks to follow, for the controls that do
     min_density: float | None = None,  # stop after the first round at or below this density
-    min_accuracy: float | None = None,  # stop after the first round whose first metric is below this
+    min_accuracy: float  # stop after the first round whose first metric is below this
+    | None = None,  # stop after the first round whose first metric is below this
     device: str = "auto",  # where to train
     folder=None,  # where to keep ticket and state; a run found there is taken up (several ranks: on a file system they share)
-    checkpoint_every: float = 60.,  # seconds between states put aside within a round
-    report: Callable | None = None,  # called after each epoch with (round, step, last step), on rank 0
+    checkpoint_every: float = 60.0,  # seconds between states put aside within a round
+    report: Callable  # called after each epoch with (round, step, last step), on rank 0
+    | None = None,  # called after each epoch with (round, step, last step), on rank 0
 ) -> Iterator[Round]:  # finished rounds first, if the run is taken up
     "Iterate rewind, refine, coarse-grain, and yield what each round measured"
-    schedule, folder = prune if isinstance(prune, Schedule) else Schedule(prune), Path(folder) if folder else None
+    schedule, folder = (
+        prune if isinstance(prune, Schedule) else Schedule(prune),
+        Path(folder) if folder else None,
+    )
     world = find_world()
-    run = _prepare(task, network, recipe, seed, schedule, scope, rewind, control, preset, ticket, rounds, world, device, folder, report, checkpoint_every)
+    run = _prepare(
+        task,
+        network,
+        recipe,
+        seed,
+        schedule,
+        scope,
+        rewind,
+        control,
+        preset,
+        ticket,
+        rounds,
+        world,
+        device,
+        folder,
+        report,
+        checkpoint_every,
+    )
     run.about |= dict(min_density=min_density, min_accuracy=min_accuracy)
-    last = lambda r: r.n >= rounds or (min_density is not None and r.density <= min_density) or (min_accuracy is not None and r.metrics[task.metric] < min_accuracy)
+    last = lambda r: (
+        r.n >= rounds
+        or (min_density is not None and r.density <= min_density)
+        or (min_accuracy is not None and r.metrics[task.metric] < min_accuracy)
+    )
     with world.alone(folder):
         run.agree("before the run")
-        if not run.take_up(last): run.begin()
+        if not run.take_up(last):
+            run.begin()
         yield from run.rounds
         while not (run.rounds and last(run.rounds[-1])):
             n = len(run.rounds)
             run.rewind(n)
             loss = run.refine(n)
             run.rounds.append(run.measure(n, loss))
-            if not last(run.rounds[-1]): run.coarse_grain(n)
-            run.agree(f"after round {n}"); run.save()
+            if not last(run.rounds[-1]):
+                run.coarse_grain(n)
+            run.agree(f"after round {n}")
+            run.save()
             yield run.rounds[-1]
-        if folder and world.lead: (folder / "state.safetensors").unlink(missing_ok=True)
+        if folder and world.lead:
+            (folder / "state.safetensors").unlink(missing_ok=True)

@@ -26,16 +26,26 @@ from .basics import generator, lookup, stream
 def _couplings(K, sizes=(1, 2)):
     "`K` as a float64 tensor [1] or [2], or an error that says what is wrong with it"
     K = torch.as_tensor(K, dtype=torch.float64)
-    if K.dim() == 0: K = K[None]
-    if K.dim() != 1 or len(K) not in sizes: raise ValueError(f"couplings of shape {tuple(K.shape)}: give K" + (" or [K, h]" if 2 in sizes else " alone, these formulas hold without a field"))
-    if not torch.isfinite(K).all(): raise ValueError(f"couplings {K} are not finite: K = infinity is reached in the variable exp(-4K), see decimate_cold")
+    if K.dim() == 0:
+        K = K[None]
+    if K.dim() != 1 or len(K) not in sizes:
+        raise ValueError(
+            f"couplings of shape {tuple(K.shape)}: give K"
+            + (" or [K, h]" if 2 in sizes else " alone, these formulas hold without a field")
+        )
+    if not torch.isfinite(K).all():
+        raise ValueError(
+            f"couplings {K} are not finite: K = infinity is reached in the variable exp(-4K), see decimate_cold"
+        )
     return K
+
 
 def bond(
     K,  # float or [1] or [2]: K, or K and h, in units of temperature
 ) -> torch.Tensor:  # [2, 2] ln w(s, s'), rows and columns in the order up, down
     "The logarithm of a bond's weight, for all four states of its two spins"
-    K = _couplings(K); k, h = K[0], K[1] if len(K) == 2 else torch.zeros_like(K[0])
+    K = _couplings(K)
+    k, h = K[0], K[1] if len(K) == 2 else torch.zeros_like(K[0])
     return torch.stack([k + h, -k, -k, k - h]).view(2, 2)
 
 # %% ../nbs/02_ising.ipynb #131d6848
@@ -52,9 +62,11 @@ def series(
     b: int,  # bonds in a row
 ) -> torch.Tensor:  # [2, 2] ln w of the long bond
     "`b` bonds in a row as one, the spins between them summed over"
-    if b != int(b) or b < 1: raise ValueError(f"b = {b} bonds in a row: a sum over spins needs a whole number of them")
+    if b != int(b) or b < 1:
+        raise ValueError(f"b = {b} bonds in a row: a sum over spins needs a whole number of them")
     top = logw.max().detach()
     return torch.linalg.matrix_power((logw - top).exp(), int(b)).log() + b * top
+
 
 def decimate(
     K,  # float or [1] or [2]: K, or K and h
@@ -62,17 +74,26 @@ def decimate(
 ) -> torch.Tensor:  # [1] or [2], as K
     "Couplings of a chain of which every b-th spin is kept"
     K = _couplings(K)
-    if not b > 1: raise ValueError(f"scale factor b = {b}: decimation has to remove spins, so b must be above 1, and 2 or more with a field")
-    if b == int(b): return couplings(series(bond(K), b))[0][:len(K)]
-    if len(K) == 2: raise ValueError(f"scale factor b = {b} with a field: b must be a whole number, 2 or more")
+    if not b > 1:
+        raise ValueError(
+            f"scale factor b = {b}: decimation has to remove spins, so b must be above 1, and 2 or more with a field"
+        )
+    if b == int(b):
+        return couplings(series(bond(K), b))[0][: len(K)]
+    if len(K) == 2:
+        raise ValueError(f"scale factor b = {b} with a field: b must be a whole number, 2 or more")
     return torch.atanh(K.tanh() ** b)
 
 # %% ../nbs/02_ising.ipynb #14224c88
 def _positive(K):
     "`K` as a float64 tensor [1], above 0"
     K = _couplings(K, (1,))
-    if not K > 0: raise ValueError(f"coupling K = {K.item()}: this formula needs K > 0, a ferromagnet at a finite temperature")
+    if not K > 0:
+        raise ValueError(
+            f"coupling K = {K.item()}: this formula needs K > 0, a ferromagnet at a finite temperature"
+        )
     return K
+
 
 def correlation_length(
     K,  # float or [1]: the chain's coupling > 0, no field
@@ -80,11 +101,13 @@ def correlation_length(
     "Distance over which a chain's spins forget each other: <s_0 s_r> = exp(-r / length)"
     return -1 / _positive(K).tanh().log()
 
+
 def free_energy_chain(
     K,  # float or [1] or [2]: K, or K and h
 ) -> torch.Tensor:  # scalar, ln Z per site of the infinite chain
     "The logarithm of the transfer matrix's largest eigenvalue"
-    logw = bond(K); top = logw.max().detach()
+    logw = bond(K)
+    top = logw.max().detach()
     return torch.linalg.eigvalsh((logw - top).exp())[-1].log() + top
 
 # %% ../nbs/02_ising.ipynb #244f1faa
@@ -92,35 +115,53 @@ def decimate_cold(
     u: torch.Tensor,  # [2] x = exp(-4K) and h; x = 0 is zero temperature
 ) -> torch.Tensor:  # [2]
     "`decimate` with b = 2 in coordinates that reach zero temperature"
-    x, h = _couplings(u, (2,)); c = torch.cosh(2 * h)
-    return torch.stack([2 * x * (1 + c) / (1 + 2 * x * c + x**2), h + ((h.exp() + x * (-h).exp()) / ((-h).exp() + x * h.exp())).log() / 2])
+    x, h = _couplings(u, (2,))
+    c = torch.cosh(2 * h)
+    return torch.stack(
+        [
+            2 * x * (1 + c) / (1 + 2 * x * c + x**2),
+            h + ((h.exp() + x * (-h).exp()) / ((-h).exp() + x * h.exp())).log() / 2,
+        ]
+    )
 
 # %% ../nbs/02_ising.ipynb #31ca3f60
 K_C = math.log(1 + math.sqrt(2)) / 2  # critical coupling of the square lattice
 K_C_TRIANGULAR = math.log(3) / 4
 
+
 def onsager_free_energy(
     K: float,  # coupling > 0
 ) -> float:  # ln Z per site of the infinite square lattice
     "Onsager's integral"
-    K = _couplings(K, (1,)).item(); k = 2 * math.sinh(2 * K) / math.cosh(2 * K) ** 2
-    f = lambda phi: math.log((1 + math.sqrt(max(0., 1 - (k * math.sin(phi)) ** 2))) / 2)
-    return math.log(2 * math.cosh(2 * K)) + quad(f, 0, math.pi / 2, epsabs=1e-14, epsrel=1e-13, limit=400)[0] / math.pi
+    K = _couplings(K, (1,)).item()
+    k = 2 * math.sinh(2 * K) / math.cosh(2 * K) ** 2
+    f = lambda phi: math.log((1 + math.sqrt(max(0.0, 1 - (k * math.sin(phi)) ** 2))) / 2)
+    return (
+        math.log(2 * math.cosh(2 * K))
+        + quad(f, 0, math.pi / 2, epsabs=1e-14, epsrel=1e-13, limit=400)[0] / math.pi
+    )
+
 
 def onsager_energy(
     K: float,  # coupling > 0
 ) -> float:  # per site, between -2 and 0
     "Onsager's energy: minus the derivative of the free energy"
-    K = _positive(K).item(); rest = math.tanh(2 * K) ** 2 * 2 - 1
-    elliptic = rest * ellipk((2 * math.sinh(2 * K) / math.cosh(2 * K) ** 2) ** 2) if abs(rest) > 1e-9 else 0.
+    K = _positive(K).item()
+    rest = math.tanh(2 * K) ** 2 * 2 - 1
+    elliptic = (
+        rest * ellipk((2 * math.sinh(2 * K) / math.cosh(2 * K) ** 2) ** 2)
+        if abs(rest) > 1e-9
+        else 0.0
+    )
     return -(1 + 2 / math.pi * elliptic) / math.tanh(2 * K)
+
 
 def spontaneous_magnetisation(
     K: float,  # coupling > 0
 ) -> float:  # in [0, 1]; 0 above the critical temperature
     "Yang's magnetisation of the infinite square lattice in a vanishing field"
     K = _couplings(K, (1,)).item()
-    return (1 - math.sinh(2 * K) ** -4) ** .125 if K > K_C else 0.
+    return (1 - math.sinh(2 * K) ** -4) ** 0.125 if K > K_C else 0.0
 
 # %% ../nbs/02_ising.ipynb #573a1803
 def critical_indices(
@@ -129,7 +170,14 @@ def critical_indices(
     d: float,  # dimension
 ) -> dict:  # nu, alpha, beta, gamma, delta, eta
     "What the two relevant exponents say about lengths, heat, order and response"
-    return dict(nu=1 / y_t, alpha=2 - d / y_t, beta=(d - y_h) / y_t, gamma=(2 * y_h - d) / y_t, delta=y_h / (d - y_h), eta=d + 2 - 2 * y_h)
+    return dict(
+        nu=1 / y_t,
+        alpha=2 - d / y_t,
+        beta=(d - y_h) / y_t,
+        gamma=(2 * y_h - d) / y_t,
+        delta=y_h / (d - y_h),
+        eta=d + 2 - 2 * y_h,
+    )
 
 # %% ../nbs/02_ising.ipynb #01884d79
 def free_energy_torus(
@@ -137,22 +185,42 @@ def free_energy_torus(
     L: int,  # sites along a side
 ) -> torch.Tensor:  # scalar, ln Z per site; -d/dK of it is the energy per site
     "Kaufman's free energy of the square lattice on an L x L torus"
-    k = _positive(K)[0]; l = torch.arange(1, 2 * L, dtype=torch.float64)
-    gamma = torch.cat([(2 * k + k.tanh().log())[None], torch.acosh(torch.cosh(2 * k) / torch.tanh(2 * k) - (math.pi * l / L).cos())]) * L / 2
-    logcosh = lambda x: (x.abs() + torch.log1p((-2 * x.abs()).exp())).sum()  # of 2 cosh, product over l
-    odd, even = gamma[1::2], gamma[::2]; ratio = (logcosh(even) - logcosh(odd)).exp()
+    k = _positive(K)[0]
+    l = torch.arange(1, 2 * L, dtype=torch.float64)
+    gamma = (
+        torch.cat(
+            [
+                (2 * k + k.tanh().log())[None],
+                torch.acosh(torch.cosh(2 * k) / torch.tanh(2 * k) - (math.pi * l / L).cos()),
+            ]
+        )
+        * L
+        / 2
+    )
+    logcosh = lambda x: (
+        x.abs() + torch.log1p((-2 * x.abs()).exp())
+    ).sum()  # of 2 cosh, product over l
+    odd, even = gamma[1::2], gamma[::2]
+    ratio = (logcosh(even) - logcosh(odd)).exp()
     total = 1 + odd.tanh().prod() + ratio * (1 + even.tanh().prod())
     return (logcosh(odd) + total.log() - math.log(2)) / L**2 + torch.log(2 * torch.sinh(2 * k)) / 2
+
 
 def energy_torus(
     K: float,  # coupling > 0
     L: int,  # sites along a side
 ) -> float:  # per site
     "Energy of the L x L torus, by autograd"
-    return -torch.autograd.functional.jacobian(lambda k: free_energy_torus(k, L), torch.tensor(float(K), dtype=torch.float64)).item()
+    return -torch.autograd.functional.jacobian(
+        lambda k: free_energy_torus(k, L), torch.tensor(float(K), dtype=torch.float64)
+    ).item()
 
 # %% ../nbs/02_ising.ipynb #b85ec101
-ORDERS = {"decimate first": lambda K, b, n: n * decimate(K, b), "move first": lambda K, b, n: decimate(n * K, b)}
+ORDERS = {
+    "decimate first": lambda K, b, n: n * decimate(K, b),
+    "move first": lambda K, b, n: decimate(n * K, b),
+}
+
 
 def migdal_kadanoff(
     K,  # float or [1] or [2]: K, or K and h
@@ -170,11 +238,13 @@ def block_average(
     "Mean of one spin of a triangle whose majority is up"
     return (1 + (-4 * K).exp()) / (1 + 3 * (-4 * K).exp())
 
+
 def niemeijer_van_leeuwen(
     K,  # float or [1] or [2]: K, or K and a weak field h
 ) -> torch.Tensor:  # [1] or [2]
     "Majority of three on the triangular lattice, first cumulant, linear in the field; b = sqrt(3)"
-    K = _couplings(K); phi = block_average(K[0])
+    K = _couplings(K)
+    phi = block_average(K[0])
     return torch.stack([2 * K[0] * phi**2, *(3 * phi * h for h in K[1:])])
 
 # %% ../nbs/02_ising.ipynb #9a29c980
@@ -188,7 +258,7 @@ def gaussian_exponents(
 # %% ../nbs/02_ising.ipynb #effea138
 def wilson_fisher(
     K,  # [2] mass r and interaction u
-    eps: float = 1.,  # 4 - d
+    eps: float = 1.0,  # 4 - d
     delta: float = 1e-5,  # logarithm of the scale factor, small
 ) -> torch.Tensor:  # [2]
     "One small step of the one-loop flow of a phi^4 theory"
@@ -198,9 +268,16 @@ def wilson_fisher(
 # %% ../nbs/02_ising.ipynb #2061be5b
 def _square(s, multiple=1):
     "`s`, or an error if it is not a stack of square lattices with a side divisible by `multiple`"
-    if s.dim() < 2 or s.shape[-1] != s.shape[-2]: raise ValueError(f"spins of shape {tuple(s.shape)}: the lattice must be square, [..., L, L]")
-    if s.shape[-1] % multiple: raise ValueError(f"side L = {s.shape[-1]} is not a multiple of {multiple}: choose an L that is, a power of two serves every purpose here")
+    if s.dim() < 2 or s.shape[-1] != s.shape[-2]:
+        raise ValueError(
+            f"spins of shape {tuple(s.shape)}: the lattice must be square, [..., L, L]"
+        )
+    if s.shape[-1] % multiple:
+        raise ValueError(
+            f"side L = {s.shape[-1]} is not a multiple of {multiple}: choose an L that is, a power of two serves every purpose here"
+        )
     return s
+
 
 def lattice(
     L: int,  # sites along a side, even
@@ -210,8 +287,20 @@ def lattice(
     device="cpu",  # where the spins live
 ) -> torch.Tensor:  # [replicas, L, L] int8, +1 and -1
     "Spins of independent square lattices, periodic in both directions"
-    make = lookup(start, {"hot": lambda: torch.randint(0, 2, (replicas, L, L), generator=generator(seed, "lattice"), dtype=torch.int8) * 2 - 1,
-                          "cold": lambda: torch.ones(replicas, L, L, dtype=torch.int8)}, "start")
+    make = lookup(
+        start,
+        {
+            "hot": lambda: (
+                torch.randint(
+                    0, 2, (replicas, L, L), generator=generator(seed, "lattice"), dtype=torch.int8
+                )
+                * 2
+                - 1
+            ),
+            "cold": lambda: torch.ones(replicas, L, L, dtype=torch.int8),
+        },
+        "start",
+    )
     return _square(make(), 2).to(device)
 
 # %% ../nbs/02_ising.ipynb #c7e601c5
@@ -219,7 +308,11 @@ def energy(
     s: torch.Tensor,  # [..., L, L]
 ) -> torch.Tensor:  # [...] per site, in units of the coupling
     "Minus the sum of s s' over bonds, per site"
-    return -(_square(s) * (s.roll(-1, -1) + s.roll(-1, -2))).sum((-1, -2), dtype=torch.int64).double() / s.shape[-1] ** 2
+    return (
+        -(_square(s) * (s.roll(-1, -1) + s.roll(-1, -2))).sum((-1, -2), dtype=torch.int64).double()
+        / s.shape[-1] ** 2
+    )
+
 
 def magnetisation(
     s: torch.Tensor,  # [..., L, L]
@@ -228,18 +321,23 @@ def magnetisation(
     return _square(s).double().mean((-1, -2))
 
 # %% ../nbs/02_ising.ipynb #8fdee478
-RULES = {"heat bath": lambda s, field, u: (u < torch.sigmoid(2 * field)).to(s.dtype) * 2 - 1,
-         "metropolis": lambda s, field, u: torch.where(u < (-2 * s * field).exp(), -s, s)}
+RULES = {
+    "heat bath": lambda s, field, u: (u < torch.sigmoid(2 * field)).to(s.dtype) * 2 - 1,
+    "metropolis": lambda s, field, u: torch.where(u < (-2 * s * field).exp(), -s, s),
+}
+
 
 def checkerboard(
     s: torch.Tensor,  # [..., L, L], L even
     K: float,  # coupling
     draws: torch.Generator,  # on the device of s
-    h: float = 0.,  # field
+    h: float = 0.0,  # field
     rule: str = "heat bath",  # or "metropolis"
 ) -> torch.Tensor:  # like s
     "One sweep: every spin redrawn once, black squares first"
-    K = _couplings(K, (1,)).item(); flip = lookup(rule, RULES, "rule"); row = torch.arange(_square(s, 2).shape[-1], device=s.device)
+    K = _couplings(K, (1,)).item()
+    flip = lookup(rule, RULES, "rule")
+    row = torch.arange(_square(s, 2).shape[-1], device=s.device)
     for colour in (0, 1):
         around = s.roll(1, -1) + s.roll(-1, -1) + s.roll(1, -2) + s.roll(-1, -2)
         new = flip(s, K * around + h, torch.rand(s.shape, generator=draws, device=s.device))
@@ -252,15 +350,20 @@ def _labels_scipy(i, j, n):
     graph = coo_matrix((np.ones(len(i), np.int8), (i.cpu().numpy(), j.cpu().numpy())), shape=(n, n))
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long().to(i.device)
 
+
 def _labels_torch(i, j, n):
     "The same in parallel, by hanging roots under lower roots"
     label = torch.arange(n, device=i.device)
     while True:
-        a, b = label[i], label[j]; open_ = a != b
-        if not open_.any(): return label
+        a, b = label[i], label[j]
+        open_ = a != b
+        if not open_.any():
+            return label
         i, j, a, b = i[open_], j[open_], a[open_], b[open_]
         label.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
-        while not torch.equal(up := label[label], label): label = up
+        while not torch.equal(up := label[label], label):
+            label = up
+
 
 LABELS = {"scipy": _labels_scipy, "torch": _labels_torch}
 
@@ -271,8 +374,14 @@ def clusters(
 ) -> torch.Tensor:  # [..., L, L] int64, equal on connected sites and different elsewhere
     "Label the connected clusters of all replicas at once"
     site = torch.arange(joined[0].numel(), device=joined.device).view(joined[0].shape)
-    i, j = torch.cat([site[joined[0]], site[joined[1]]]), torch.cat([site.roll(-1, -1)[joined[0]], site.roll(-1, -2)[joined[1]]])
-    return lookup(method or ("scipy" if joined.device.type == "cpu" else "torch"), LABELS, "method")(i, j, site.numel()).view(site.shape)
+    i, j = (
+        torch.cat([site[joined[0]], site[joined[1]]]),
+        torch.cat([site.roll(-1, -1)[joined[0]], site.roll(-1, -2)[joined[1]]]),
+    )
+    return lookup(
+        method or ("scipy" if joined.device.type == "cpu" else "torch"), LABELS, "method"
+    )(i, j, site.numel()).view(site.shape)
+
 
 def swendsen_wang(
     s: torch.Tensor,  # [..., L, L]
@@ -281,14 +390,24 @@ def swendsen_wang(
     method: str | None = None,  # of `clusters`
 ) -> torch.Tensor:  # like s
     "One cluster sweep in zero field: every cluster gets a new sign"
-    if (K := _couplings(K, (1,)).item()) < 0: raise ValueError(f"K = {K}: clusters of equal spins need K >= 0; use the checkerboard for antiferromagnets")
+    if (K := _couplings(K, (1,)).item()) < 0:
+        raise ValueError(
+            f"K = {K}: clusters of equal spins need K >= 0; use the checkerboard for antiferromagnets"
+        )
     same = torch.stack([_square(s) == s.roll(-1, -1), s == s.roll(-1, -2)])
     joined = same & (torch.rand(same.shape, generator=draws, device=s.device) < -math.expm1(-2 * K))
-    sign = torch.randint(0, 2, (s.numel(),), generator=draws, device=s.device, dtype=s.dtype) * 2 - 1
+    sign = (
+        torch.randint(0, 2, (s.numel(),), generator=draws, device=s.device, dtype=s.dtype) * 2 - 1
+    )
     return sign[clusters(joined, method)]
 
 # %% ../nbs/02_ising.ipynb #25f0e6f6
-SWEEPS = {"cluster": swendsen_wang, "heat bath": checkerboard, "metropolis": lambda s, K, draws: checkerboard(s, K, draws, rule="metropolis")}
+SWEEPS = {
+    "cluster": swendsen_wang,
+    "heat bath": checkerboard,
+    "metropolis": lambda s, K, draws: checkerboard(s, K, draws, rule="metropolis"),
+}
+
 
 def sample(
     L: int,  # sites along a side, even
@@ -302,11 +421,13 @@ def sample(
 ):  # yields [replicas, L, L] int8, `sweeps` times
     "Markov chain of independent Ising lattices in zero field"
     sweep, s = lookup(algorithm, SWEEPS, "algorithm"), lattice(L, replicas, seed, device=device)
-    if sweeps < 1: raise ValueError(f"{sweeps} sweeps: at least one is needed")
+    if sweeps < 1:
+        raise ValueError(f"{sweeps} sweeps: at least one is needed")
     draws = torch.Generator(device).manual_seed(stream(seed, "ising", algorithm, L))
     for n in range(burn + sweeps):
         s = sweep(s, K, draws)
-        if n >= burn: yield s
+        if n >= burn:
+            yield s
 
 # %% ../nbs/02_ising.ipynb #49b2ae25
 def jackknife(
@@ -316,7 +437,10 @@ def jackknife(
 ) -> tuple:  # (value, standard error)
     "A statistic of measurements and its standard error"
     x = np.asarray(x)
-    if bins < 4 or len(x) < bins: raise ValueError(f"{len(x)} measurements in {bins} bins: an error needs 4 bins or more, and a measurement in each; run longer or take more replicas")
+    if bins < 4 or len(x) < bins:
+        raise ValueError(
+            f"{len(x)} measurements in {bins} bins: an error needs 4 bins or more, and a measurement in each; run longer or take more replicas"
+        )
     parts = np.array_split(np.arange(len(x)), bins)
     out = np.array([statistic(np.delete(x, part, 0)) for part in parts])
     return float(statistic(x)), float(np.sqrt((bins - 1) * out.var()))
@@ -327,11 +451,15 @@ def autocorrelation_time(
 ) -> float:  # in sweeps, at least about 1/2
     "Integrated autocorrelation time, from all replicas together"
     x = np.asarray(x, dtype=float)
-    if x.ndim != 2 or len(x) < 50: raise ValueError(f"measurements of shape {x.shape}: give [sweeps, replicas] with 50 sweeps or more")
-    x, tau = x - x.mean(), .5
+    if x.ndim != 2 or len(x) < 50:
+        raise ValueError(
+            f"measurements of shape {x.shape}: give [sweeps, replicas] with 50 sweeps or more"
+        )
+    x, tau = x - x.mean(), 0.5
     for t in range(1, len(x) // 2):
         tau += (x[:-t] * x[t:]).mean() / (x * x).mean()
-        if t > 5 * tau: break
+        if t > 5 * tau:
+            break
     return float(tau)
 
 # %% ../nbs/02_ising.ipynb #9a061cb0
@@ -341,7 +469,8 @@ def block_spins(
     b: int = 2,  # side of a block, 2 or more
 ) -> torch.Tensor:  # [..., L/b, L/b], like s
     "Replace every b x b block by the sign of its sum; ties at random"
-    if b < 2 or b != int(b): raise ValueError(f"blocks of side b = {b}: a block needs a whole b of 2 or more")
+    if b < 2 or b != int(b):
+        raise ValueError(f"blocks of side b = {b}: a block needs a whole b of 2 or more")
     n = _square(s, b).shape[-1] // b
     votes = s.reshape(*s.shape[:-2], n, b, n, b).sum((-3, -1), dtype=torch.int32)
     coin = torch.randint(0, 2, votes.shape, generator=draws, device=s.device) * 2 - 1
@@ -354,23 +483,48 @@ def renormalization_matrix(
 ) -> np.ndarray:  # [a, a] T = dK'/dK
     "Solve <S' S'> T = <S' S> for the linearised map"
     new, old = (np.asarray(o, dtype=float) for o in (new, old))
-    if new.shape != old.shape or len(new) <= 2 * new.shape[-1]: raise ValueError(f"sums of shapes {new.shape} and {old.shape}: need the same states and operators in both, and more than two states per operator")
+    if new.shape != old.shape or len(new) <= 2 * new.shape[-1]:
+        raise ValueError(
+            f"sums of shapes {new.shape} and {old.shape}: need the same states and operators in both, and more than two states per operator"
+        )
     new, old = new - new.mean(0), old - old.mean(0)
     return np.linalg.solve(new.T @ new, new.T @ old)
 
 # %% ../nbs/02_ising.ipynb #761f325c
-EVEN = {"neighbours": ((0, 0), (1, 0)), "diagonal": ((0, 0), (1, 1)), "plaquette": ((0, 0), (1, 0), (0, 1), (1, 1)), "third": ((0, 0), (2, 0)),
-        "knight": ((0, 0), (2, 1)), "diamond": ((1, 0), (-1, 0), (0, 1), (0, -1)), "tee": ((0, 0), (1, 0), (-1, 0), (0, 1))}
-ODD = {"spin": ((0, 0),), "corner": ((0, 0), (1, 0), (0, 1)), "line": ((-1, 0), (0, 0), (1, 0)), "wide corner": ((0, 0), (1, 1), (-1, 1)),
-       "diagonal line": ((-1, -1), (0, 0), (1, 1)), "bent": ((0, 0), (1, 0), (2, 1)), "plus": ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))}
+EVEN = {
+    "neighbours": ((0, 0), (1, 0)),
+    "diagonal": ((0, 0), (1, 1)),
+    "plaquette": ((0, 0), (1, 0), (0, 1), (1, 1)),
+    "third": ((0, 0), (2, 0)),
+    "knight": ((0, 0), (2, 1)),
+    "diamond": ((1, 0), (-1, 0), (0, 1), (0, -1)),
+    "tee": ((0, 0), (1, 0), (-1, 0), (0, 1)),
+}
+ODD = {
+    "spin": ((0, 0),),
+    "corner": ((0, 0), (1, 0), (0, 1)),
+    "line": ((-1, 0), (0, 0), (1, 0)),
+    "wide corner": ((0, 0), (1, 1), (-1, 1)),
+    "diagonal line": ((-1, -1), (0, 0), (1, 1)),
+    "bent": ((0, 0), (1, 0), (2, 1)),
+    "plus": ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)),
+}
 FAMILIES = {"even": EVEN, "odd": ODD}
+
 
 def orientations(
     shape,  # sites ((x, y), ...)
 ) -> list:  # sorted shapes, shifted to the corner, no two alike
     "The distinct rotations and reflections of a shape"
-    moved = [[(u * x, v * y) if straight else (v * y, u * x) for x, y in shape] for u in (1, -1) for v in (1, -1) for straight in (True, False)]
-    return sorted({tuple(sorted((x - min(o)[0], y - min(b for _, b in o)) for x, y in o)) for o in moved})
+    moved = [
+        [(u * x, v * y) if straight else (v * y, u * x) for x, y in shape]
+        for u in (1, -1)
+        for v in (1, -1)
+        for straight in (True, False)
+    ]
+    return sorted(
+        {tuple(sorted((x - min(o)[0], y - min(b for _, b in o)) for x, y in o)) for o in moved}
+    )
 
 # %% ../nbs/02_ising.ipynb #7c1a98d6
 def operators(
@@ -378,13 +532,19 @@ def operators(
     family: str = "even",  # or "odd"
 ) -> torch.Tensor:  # [..., 7] float64, in the family's order
     "The sums S_a of a state: products over a shape, over all sites and orientations"
-    if _square(s).shape[-1] < 4: raise ValueError(f"side L = {s.shape[-1]}: shapes need L of 4 or more; stop blocking earlier")
+    if _square(s).shape[-1] < 4:
+        raise ValueError(
+            f"side L = {s.shape[-1]}: shapes need L of 4 or more; stop blocking earlier"
+        )
     site, out = {}, []
     for shape in lookup(family, FAMILIES, "family").values():
         total = 0
         for form in orientations(shape):
-            for x, y in form: site.setdefault((x, y), s.roll((-x, -y), (-2, -1)))
-            total = total + math.prod((site[o] for o in form[1:]), start=site[form[0]]).sum((-1, -2), dtype=torch.int64)
+            for x, y in form:
+                site.setdefault((x, y), s.roll((-x, -y), (-2, -1)))
+            total = total + math.prod((site[o] for o in form[1:]), start=site[form[0]]).sum(
+                (-1, -2), dtype=torch.int64
+            )
         out.append(total)
     return torch.stack(out, -1).double()
 
@@ -400,14 +560,21 @@ def measure(
     device="cpu",  # "cuda" for L of 256 and more
 ) -> dict:  # size L, L/2, ..., 4 -> {"even": array [replicas, sweeps, 7], "odd": likewise}
     "Operator sums of a critical magnet at every level of blocking by two"
-    if L < 8 or L & (L - 1): raise ValueError(f"L = {L}: blocking by two down to 4 needs a power of two, 8 or more")
-    if replicas < 8 or sweeps < 20: raise ValueError(f"{replicas} replicas of {sweeps} sweeps: the bootstrap needs 8 replicas or more, and each 20 sweeps or more")
-    ties = torch.Generator(device).manual_seed(stream(seed, "ties")); out = {}
+    if L < 8 or L & (L - 1):
+        raise ValueError(f"L = {L}: blocking by two down to 4 needs a power of two, 8 or more")
+    if replicas < 8 or sweeps < 20:
+        raise ValueError(
+            f"{replicas} replicas of {sweeps} sweeps: the bootstrap needs 8 replicas or more, and each 20 sweeps or more"
+        )
+    ties = torch.Generator(device).manual_seed(stream(seed, "ties"))
+    out = {}
     for s in sample(L, K, sweeps, replicas, seed, burn, device=device):
         while True:
             kept = out.setdefault(s.shape[-1], {f: [] for f in FAMILIES})
-            for f in FAMILIES: kept[f].append(operators(s, f).cpu().numpy())
-            if s.shape[-1] == 4: break
+            for f in FAMILIES:
+                kept[f].append(operators(s, f).cpu().numpy())
+            if s.shape[-1] == 4:
+                break
             s = block_spins(s, ties)
     return {n: {f: np.stack(x, 1) for f, x in kept.items()} for n, kept in out.items()}
 
@@ -416,11 +583,15 @@ def _largest(weights, new, old, n, centre):
     "[B] largest |eigenvalue| of T from the first n operators, for each row of replica weights [B, R]"
     new, old, w = new[..., :n], old[..., :n], weights / weights.sum(1, keepdims=True)
     mean = lambda x: np.tensordot(w, x, 1)
-    a, b = mean(np.einsum("rsa,rsb->rab", new, new) / new.shape[1]), mean(np.einsum("rsa,rsb->rab", new, old) / new.shape[1])
+    a, b = (
+        mean(np.einsum("rsa,rsb->rab", new, new) / new.shape[1]),
+        mean(np.einsum("rsa,rsb->rab", new, old) / new.shape[1]),
+    )
     if centre:
         m, o = mean(new.mean(1)), mean(old.mean(1))
         a, b = a - m[:, :, None] * m[:, None], b - m[:, :, None] * o[:, None]
     return np.abs(np.linalg.eigvals(np.linalg.solve(a, b))).max(1)
+
 
 def mcrg(
     sums: dict,  # from `measure`
@@ -429,9 +600,14 @@ def mcrg(
 ) -> pd.DataFrame:  # family, step, size (before blocking), operators, y, error
     "Exponents of the linearised block-spin map, by level and number of operators"
     sizes, rows = sorted(sums, reverse=True), []
-    R = len(sums[sizes[0]]["even"]); pick = torch.randint(0, R, (draws, R), generator=generator(seed, "bootstrap"))
-    weights = np.concatenate([np.ones((1, R)), torch.zeros(draws, R).scatter_add_(1, pick, torch.ones(draws, R)).numpy()])
-    for (step, (size, half)), f in ((o, f) for f in FAMILIES for o in enumerate(zip(sizes, sizes[1:]), 1)):
+    R = len(sums[sizes[0]]["even"])
+    pick = torch.randint(0, R, (draws, R), generator=generator(seed, "bootstrap"))
+    weights = np.concatenate(
+        [np.ones((1, R)), torch.zeros(draws, R).scatter_add_(1, pick, torch.ones(draws, R)).numpy()]
+    )
+    for (step, (size, half)), f in (
+        (o, f) for f in FAMILIES for o in enumerate(zip(sizes, sizes[1:]), 1)
+    ):
         for n in range(1, 8):
             y = np.log2(_largest(weights, sums[half][f], sums[size][f], n, centre=f == "even"))
             rows.append((f, step, size, n, y[0], y[1:].std(ddof=1)))

@@ -16,13 +16,20 @@ from .selection import ALIVE, above, revive, sieve, survivors
 @dataclass(frozen=True)
 class Schedule:
     "How many weights a round removes"
+
     rate: float  # p, in (0, 1)
     rule: str = "geometric"  # "geometric": p of what is left; "arithmetic": p of the original
 
     def __post_init__(self):
         lookup(self.rule, dict.fromkeys(("geometric", "arithmetic")), "schedule")
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 < self.rate < 1:
-            raise ValueError(f"prune rate {self.rate!r} is not in (0, 1): 0.2 removes a fifth per round")
+        if (
+            isinstance(self.rate, bool)
+            or not isinstance(self.rate, (int, float))
+            or not 0 < self.rate < 1
+        ):
+            raise ValueError(
+                f"prune rate {self.rate!r} is not in (0, 1): 0.2 removes a fifth per round"
+            )
 
     def remove(
         self,
@@ -36,13 +43,19 @@ class Schedule:
 @dataclass(repr=False)
 class MaskHistory:
     "Every mask of a pruning run: for each weight the round in which it died"
+
     died: dict  # name -> uint8 tensor of the weight's shape
     rounds: int = 0  # prunings so far
 
     @classmethod
     def dense(cls, tensors: dict):
         "The history of an unpruned network; `tensors`: name -> tensor"
-        return cls({k: torch.full(t.shape, ALIVE, dtype=torch.uint8, device=t.device) for k, t in tensors.items()})
+        return cls(
+            {
+                k: torch.full(t.shape, ALIVE, dtype=torch.uint8, device=t.device)
+                for k, t in tensors.items()
+            }
+        )
 
     def mask(self, n: int | None = None) -> dict:
         "name -> bool tensor: who is alive after `n` prunings (by default all so far)"
@@ -54,7 +67,8 @@ class MaskHistory:
 
     def _round(self, n):
         "Round `n`, by default the last"
-        if n is not None and not 0 <= n <= self.rounds: raise ValueError(f"this history knows rounds 0 to {self.rounds}, not {n}")
+        if n is not None and not 0 <= n <= self.rounds:
+            raise ValueError(f"this history knows rounds 0 to {self.rounds}, not {n}")
         return self.rounds if n is None else n
 
     @property
@@ -68,18 +82,22 @@ def density(self, n: int | None = None) -> float:
     "alive(n) / N, after `n` prunings, by default all so far"
     return sum(self.alive(n).values()) / self.total
 
+
 @patch_to(MaskHistory)
 def time(self, n: int | None = None) -> float:
     "RG time ln N / alive(n), from the weights really alive"
     return math.log(1 / self.density(n))
+
 
 @patch_to(MaskHistory)
 def to(self, device):
     "The same history with its tensors on `device`"
     return MaskHistory({k: d.to(device) for k, d in self.died.items()}, self.rounds)
 
+
 @patch_to(MaskHistory)
-def __repr__(self): return f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, density {self.density():.4f})"
+def __repr__(self):
+    return f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, density {self.density():.4f})"
 
 # %% ../nbs/20_masks.ipynb #84929242
 def prune(
@@ -88,14 +106,28 @@ def prune(
     remove: int | dict,  # how many: in all, or name -> count
 ) -> float:  # magnitude of the last weight removed; with a count per tensor, the largest of these
     "Remove exactly `remove` surviving weights as round `history.rounds + 1`"
-    if history.rounds + 1 >= ALIVE: raise ValueError(f"a history holds at most {ALIVE - 1} rounds: prune more per round")
+    if history.rounds + 1 >= ALIVE:
+        raise ValueError(f"a history holds at most {ALIVE - 1} rounds: prune more per round")
     alive, new = history.alive(), history.rounds + 1
-    jobs = [(list(alive), remove)] if isinstance(remove, int) else [([k], n) for k, n in remove.items()]
+    jobs = (
+        [(list(alive), remove)]
+        if isinstance(remove, int)
+        else [([k], n) for k, n in remove.items()]
+    )
     for names, n in jobs:
         left = sum(alive[k] for k in names)
-        if not 0 <= n < left: raise ValueError(f"cannot remove {n} of the {left} weights left in {', '.join(map(repr, names))}: at least one must stay, a density of 0 is no network")
-    try: thresholds = [sieve({k: scores[k] for k in names}, {k: history.died[k] for k in names}, n, new) for names, n in jobs]
-    except BaseException: revive(history.died, new); raise
+        if not 0 <= n < left:
+            raise ValueError(
+                f"cannot remove {n} of the {left} weights left in {', '.join(map(repr, names))}: at least one must stay, a density of 0 is no network"
+            )
+    try:
+        thresholds = [
+            sieve({k: scores[k] for k in names}, {k: history.died[k] for k in names}, n, new)
+            for names, n in jobs
+        ]
+    except BaseException:
+        revive(history.died, new)
+        raise
     history.rounds = new
     return max(thresholds)
 
@@ -116,4 +148,10 @@ def shuffled(
 ) -> MaskHistory:  # same counts per tensor and round, other weights
     "The history with each tensor's entries permuted at random"
     g = generator(seed, "mask", "shuffle")
-    return MaskHistory({k: d.flatten()[torch.randperm(d.numel(), generator=g).to(d.device)].view(d.shape) for k, d in history.died.items()}, history.rounds)
+    return MaskHistory(
+        {
+            k: d.flatten()[torch.randperm(d.numel(), generator=g).to(d.device)].view(d.shape)
+            for k, d in history.died.items()
+        },
+        history.rounds,
+    )

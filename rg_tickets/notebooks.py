@@ -17,32 +17,59 @@ from .progress import watching
 # %% ../nbs/40a_notebooks.ipynb #aca7e091
 def experiments() -> list:
     "Names of the experiment notebooks that come with the package"
-    return sorted(p.name[:-6] for p in files("rg_tickets.experiments").iterdir() if p.name.endswith(".ipynb"))
+    return sorted(
+        p.name[:-6] for p in files("rg_tickets.experiments").iterdir() if p.name.endswith(".ipynb")
+    )
+
 
 def _sources():
     "Name -> file of every notebook that comes with the package, those that only report among them"
     home = files("rg_tickets.experiments")
-    return {p.name[:-6]: p for place in (home, home / "reports") for p in place.iterdir() if p.name.endswith(".ipynb")}
+    return {
+        p.name[:-6]: p
+        for place in (home, home / "reports")
+        for p in place.iterdir()
+        if p.name.endswith(".ipynb")
+    }
+
 
 def notebook(name: str) -> dict:
     "The notebook of an experiment, as its file has it"
     return json.loads(lookup(name, _sources(), "experiment").read_text(encoding="utf-8"))
 
+
 def parameters(
     name: str,  # experiment
 ) -> dict:  # name -> (type name, default, meaning), in the order of the notebook
     "What an experiment can be told"
-    cell = next((c for c in notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])), None)
-    if cell is None: raise ValueError(f"the notebook of {name!r} has no cell tagged 'parameters', so nothing can be set; was it cleaned of its tags?")
-    source = "".join(cell["source"]); lines = source.splitlines()
+    cell = next(
+        (c for c in notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])), None
+    )
+    if cell is None:
+        raise ValueError(
+            f"the notebook of {name!r} has no cell tagged 'parameters', so nothing can be set; was it cleaned of its tags?"
+        )
+    source = "".join(cell["source"])
+    lines = source.splitlines()
     meaning = lambda node: lines[node.lineno - 1].partition("#")[2].strip()
-    return {n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value), meaning(n)) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
+    return {
+        n.target.id: (ast.unparse(n.annotation), ast.literal_eval(n.value), meaning(n))
+        for n in ast.parse(source).body
+        if isinstance(n, ast.AnnAssign)
+    }
 
 # %% ../nbs/40a_notebooks.ipynb #b204937e
 def _is(value, kind):
     "Is this a value of the declared type"
-    if isinstance(value, bool): return kind == "bool"
-    return isinstance(value, {"str": str, "int": int, "float": (int, float), "list": list, "bool": bool, "dict": dict}[kind])
+    if isinstance(value, bool):
+        return kind == "bool"
+    return isinstance(
+        value,
+        {"str": str, "int": int, "float": (int, float), "list": list, "bool": bool, "dict": dict}[
+            kind
+        ],
+    )
+
 
 def checked(
     name: str,  # experiment
@@ -52,23 +79,36 @@ def checked(
     known = parameters(name)
     for k, v in given.items():
         kind, default, meaning = lookup(k, known, f"parameter of {name}:")
-        if not (_is(v, kind) or (v is None and default is None)): raise ValueError(f"parameter {k}={v!r} of {name} should be {kind}, not {type(v).__name__}: {meaning}")
+        if not (_is(v, kind) or (v is None and default is None)):
+            raise ValueError(
+                f"parameter {k}={v!r} of {name} should be {kind}, not {type(v).__name__}: {meaning}"
+            )
     return given
+
 
 def parsed(
     name: str,  # experiment
     words: list,  # "key=value" as typed on a command line; lists are separated by commas
 ) -> dict:  # checked values
     "Parameters from the command line"
+
     def value(text, kind):
-        if kind == "str": return text
-        if kind == "list": return [value(o, "") for o in text.strip("[] ").split(",")] if text.strip("[] ") else []
-        try: return ast.literal_eval(text)
-        except (ValueError, SyntaxError): return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        if kind == "str":
+            return text
+        if kind == "list":
+            return [value(o, "") for o in text.strip("[] ").split(",")] if text.strip("[] ") else []
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
     known, given = parameters(name), {}
     for word in words:
         k, eq, text = word.partition("=")
-        if not eq: raise ValueError(f"{word!r} is not of the form parameter=value; {name} knows: {', '.join(known)}")
+        if not eq:
+            raise ValueError(
+                f"{word!r} is not of the form parameter=value; {name} knows: {', '.join(known)}"
+            )
         given[k] = value(text, known[k][0] if k in known else "")
     return checked(name, given)
 
@@ -79,8 +119,15 @@ def declared(
 ) -> dict:  # parameter -> value
     "The notebook's parameters, after refusing names it does not declare and values of another type"
     known = parameters(name)
-    if "_declared" not in scope:  # only the first time: later the notebook's own names are there too
-        own = lambda k, v: k in ("In", "Out") or re.fullmatch(r"__.*|_(i*\d*|oh|dh|ih|exit_code|\d+)", k) or callable(v) or isinstance(v, type(sys))
+    if (
+        "_declared" not in scope
+    ):  # only the first time: later the notebook's own names are there too
+        own = lambda k, v: (
+            k in ("In", "Out")
+            or re.fullmatch(r"__.*|_(i*\d*|oh|dh|ih|exit_code|\d+)", k)
+            or callable(v)
+            or isinstance(v, type(sys))
+        )
         checked(name, {k: v for k, v in scope.items() if k not in known and not own(k, v)})
     scope["_declared"] = name
     return checked(name, {k: scope[k] for k in known})
@@ -88,46 +135,77 @@ def declared(
 # %% ../nbs/40a_notebooks.ipynb #adf5015c
 _PACKAGES = ("rg_tickets", "torch", "torchvision", "transformers", "numpy", "papermill")
 
+
 def _told(*words):
     "What a program prints; None if it is not there or complains"
-    try: done = subprocess.run(words, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError): return None
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
 
 def _version(package):
     "A package's version, None if it is not installed"
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
 
 def commit():
     "Git commit of the package's source, ending in -dirty if files were changed; None for an installed copy"
     git = ("git", "--no-optional-locks", "-C", str(Path(rg_tickets.__file__).parent))
-    return _told(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if _told(*git, "ls-files", "--error-unmatch", "__init__.py") else None
+    return (
+        _told(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        if _told(*git, "ls-files", "--error-unmatch", "__init__.py")
+        else None
+    )
+
 
 def _cpu():
     "Name of the processor"
     with contextlib.suppress(OSError):
         for line in open("/proc/cpuinfo", encoding="utf-8", errors="replace"):
-            if line.startswith("model name"): return line.partition(":")[2].strip()
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 # %% ../nbs/40a_notebooks.ipynb #11a0c7e6
 def circumstances() -> dict:  # versions, commit, hardware
     "Where and with what this process works"
     gpus = (_told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines()
-    hardware = dict(cpu=_cpu(), cores=os.cpu_count(), gpus=gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES"), system=platform.platform(terse=True))
-    return dict(versions={"python": platform.python_version(), **{k: _version(k) for k in _PACKAGES}}, commit=commit(), hardware=hardware)
+    hardware = dict(
+        cpu=_cpu(),
+        cores=os.cpu_count(),
+        gpus=gpus,
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        system=platform.platform(terse=True),
+    )
+    return dict(
+        versions={"python": platform.python_version(), **{k: _version(k) for k in _PACKAGES}},
+        commit=commit(),
+        hardware=hardware,
+    )
 
 # %% ../nbs/40a_notebooks.ipynb #cf914ea9
 def _finish(part, out, name, given):
     "Give the executed notebook its metadata and its name"
     import nbformat
-    try: nb = nbformat.read(part, 4)
-    except (OSError, ValueError): return  # nothing there, or cut short: the disk is full, and what was raised says so
-    nb.cells = [c for c in nb.cells if "links" not in c.metadata.get("tags", [])]  # the neighbours they lead to are not here
+
+    try:
+        nb = nbformat.read(part, 4)
+    except (OSError, ValueError):
+        return  # nothing there, or cut short: the disk is full, and what was raised says so
+    nb.cells = [
+        c for c in nb.cells if "links" not in c.metadata.get("tags", [])
+    ]  # the neighbours they lead to are not here
     nb.metadata.setdefault("papermill", {})["output_path"] = str(out)
     nb.metadata["rg_tickets"] = dict(experiment=name, parameters=given, **circumstances())
-    nbformat.validate(nb); nbformat.write(nb, part); os.replace(part, out)
+    nbformat.validate(nb)
+    nbformat.write(nb, part)
+    os.replace(part, out)
+
 
 def run(
     name: str,  # experiment
@@ -138,20 +216,47 @@ def run(
     "Execute an experiment notebook into notebook.ipynb, with progress bars here; RunsFailed if a cell fails or the kernel dies"
     import nbclient, papermill
     from rg_tickets.runs import RunsFailed, writable
+
     folder, given = writable(folder), checked(name, dict(given or {}, folder=str(folder)))
-    out = writable(home or folder) / "notebook.ipynb"; part = out.with_name(".notebook.ipynb")
-    with alone(folder, ".notebook.lock"), as_file(_sources()[name]) as source, watching(folder), _environment(RG_TICKETS_PROGRESS="off"):
-        for old in (folder / "plan.json", part): old.unlink(missing_ok=True)  # the notebook makes its own plan
-        try: papermill.execute_notebook(str(source), str(part), given, kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=50"])
-        except papermill.PapermillExecutionError as e: raise RunsFailed(f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})") from None
-        except nbclient.exceptions.DeadKernelError: raise RunsFailed(f"{name}: its process was killed (out of memory?); finished rounds are kept, start again with fewer jobs") from None
-        finally: _finish(part, out, name, given)
+    out = writable(home or folder) / "notebook.ipynb"
+    part = out.with_name(".notebook.ipynb")
+    with (
+        alone(folder, ".notebook.lock"),
+        as_file(_sources()[name]) as source,
+        watching(folder),
+        _environment(RG_TICKETS_PROGRESS="off"),
+    ):
+        for old in (folder / "plan.json", part):
+            old.unlink(missing_ok=True)  # the notebook makes its own plan
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(part),
+                given,
+                kernel_name="python3",
+                progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+        except papermill.PapermillExecutionError as e:
+            raise RunsFailed(
+                f"{name} failed in cell {e.cell_index}: {e.ename}: {e.evalue} (the notebook with its traceback is {out})"
+            ) from None
+        except nbclient.exceptions.DeadKernelError:
+            raise RunsFailed(
+                f"{name}: its process was killed (out of memory?); finished rounds are kept, start again with fewer jobs"
+            ) from None
+        finally:
+            _finish(part, out, name, given)
     return out
+
 
 @contextlib.contextmanager
 def _environment(**values):
     "Environment variables for the length of a block"
-    before = {k: os.environ.get(k) for k in values}; os.environ.update(values)
-    try: yield
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try:
+        yield
     finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+        for k, v in before.items():
+            os.environ.pop(k) if v is None else os.environ.update({k: v})

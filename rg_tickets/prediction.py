@@ -26,8 +26,12 @@ def flow_distance(
     **how,  # against, control, kind, by, without, as in `universality.vectors`
 ) -> pd.DataFrame:  # [tasks, tasks] in standard errors
     "How far apart the flows are, from the whole runs or from their beginning"
-    if rounds is not None and rounds < 2: raise ValueError(f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {rounds + 1}")
-    if rounds is not None: flow = Flow(flow.frame[flow.frame.n <= rounds])
+    if rounds is not None and rounds < 2:
+        raise ValueError(
+            f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {rounds + 1}"
+        )
+    if rounds is not None:
+        flow = Flow(flow.frame[flow.frame.n <= rounds])
     return distances(vectors(flow, **how))
 
 # %% ../nbs/33a_prediction.ipynb #6109d20f
@@ -37,22 +41,45 @@ def overlap(
     n: int | None = None,  # after how many prunings, the last by default
 ) -> float:  # in [0, 1]; 1 if no weight is alive in either
     "Jaccard index of the weights that survive"
-    differ = [k for k in {*a.died, *b.died} if k not in a.died or k not in b.died or a.died[k].shape != b.died[k].shape]
-    if differ: raise ValueError(f"masks of different networks have no overlap; {sorted(differ)[0]!r} is missing or of another shape in one of them")
+    differ = [
+        k
+        for k in {*a.died, *b.died}
+        if k not in a.died or k not in b.died or a.died[k].shape != b.died[k].shape
+    ]
+    if differ:
+        raise ValueError(
+            f"masks of different networks have no overlap; {sorted(differ)[0]!r} is missing or of another shape in one of them"
+        )
     x, y = a.mask(n), b.mask(n)
-    both, either = (sum(int(f(x[k], y[k].to(x[k].device)).sum()) for k in x) for f in (lambda p, q: p & q, lambda p, q: p | q))
-    return both / either if either else 1.
+    both, either = (
+        sum(int(f(x[k], y[k].to(x[k].device)).sum()) for k in x)
+        for f in (lambda p, q: p & q, lambda p, q: p | q)
+    )
+    return both / either if either else 1.0
+
 
 def overlaps(
     histories: dict,  # (task, seed) -> MaskHistory
     n: int | None = None,  # after how many prunings
 ) -> pd.DataFrame:  # [tasks, tasks]: 1 - Jaccard index, averaged over the seeds both have
     "How little the masks of tasks overlap"
-    tasks, seeds = list(dict.fromkeys(t for t, _ in histories)), list(dict.fromkeys(s for _, s in histories))
+    tasks, seeds = (
+        list(dict.fromkeys(t for t, _ in histories)),
+        list(dict.fromkeys(s for _, s in histories)),
+    )
+
     def one(a, b):
-        pairs = [(histories[a, s], histories[b, s]) for s in seeds if (a, s) in histories and (b, s) in histories]
-        if not pairs: raise ValueError(f"{a!r} and {b!r} share no seed, and masks from different initial weights overlap by chance only")
+        pairs = [
+            (histories[a, s], histories[b, s])
+            for s in seeds
+            if (a, s) in histories and (b, s) in histories
+        ]
+        if not pairs:
+            raise ValueError(
+                f"{a!r} and {b!r} share no seed, and masks from different initial weights overlap by chance only"
+            )
         return 1 - np.mean([overlap(p, q, n) for p, q in pairs])
+
     return pd.DataFrame([[one(a, b) for b in tasks] for a in tasks], tasks, tasks)
 
 # %% ../nbs/33a_prediction.ipynb #77be7c33
@@ -62,29 +89,51 @@ def density_distance(
     control: str = "imp",  # which runs
 ) -> pd.DataFrame:  # [tasks, tasks]
     "Root-mean-square difference of the logarithms of tensors' densities; a tensor that died counts as half a weight"
-    f = flow.where(control=control).frame; n = int(f.groupby(["task", "model", "seed"]).n.max().min()) if n is None else n
-    if not (f.n == n).any(): raise ValueError(f"no run has a round {n}; they have {f.n.min()} to {f.n.max()}")
-    if f.model.nunique() > 1: raise ValueError(f"layer densities are compared within one model, and there are {', '.join(f.model.unique())}")
-    f = f[f.n == n]; x = np.log(f.alive.clip(lower=.5) / f["count"]).groupby([f.task, f.tensor], sort=False).mean().unstack("tensor")
+    f = flow.where(control=control).frame
+    n = int(f.groupby(["task", "model", "seed"]).n.max().min()) if n is None else n
+    if not (f.n == n).any():
+        raise ValueError(f"no run has a round {n}; they have {f.n.min()} to {f.n.max()}")
+    if f.model.nunique() > 1:
+        raise ValueError(
+            f"layer densities are compared within one model, and there are {', '.join(f.model.unique())}"
+        )
+    f = f[f.n == n]
+    x = (
+        np.log(f.alive.clip(lower=0.5) / f["count"])
+        .groupby([f.task, f.tensor], sort=False)
+        .mean()
+        .unstack("tensor")
+    )
     x = x.loc[list(dict.fromkeys(f.task))]
-    return pd.DataFrame(np.sqrt(((x.values[:, None] - x.values[None])**2).mean(-1)), x.index, x.index.rename(None))
+    return pd.DataFrame(
+        np.sqrt(((x.values[:, None] - x.values[None]) ** 2).mean(-1)), x.index, x.index.rename(None)
+    )
+
 
 def family_distance(
     tasks,  # names
     family=None,  # name -> family, a dict or a function; by default what stands before the first "/"
 ) -> pd.DataFrame:  # [tasks, tasks]: 0 same family, 1 another
     "The baseline that knows only which data set a task was made of"
-    tasks = list(tasks); of = family.get if isinstance(family, dict) else family or (lambda name: str(name).split("/")[0])
+    tasks = list(tasks)
+    of = (
+        family.get if isinstance(family, dict) else family or (lambda name: str(name).split("/")[0])
+    )
     names = [of(o) for o in tasks]
-    if None in names: raise ValueError(f"no family is given for {tasks[names.index(None)]!r}")
+    if None in names:
+        raise ValueError(f"no family is given for {tasks[names.index(None)]!r}")
     return pd.DataFrame([[float(a != b) for b in names] for a in names], tasks, tasks)
+
 
 def random_distance(
     tasks,  # names
     seed: int = 0,  # of the draw
 ) -> pd.DataFrame:  # [tasks, tasks], symmetric, uniform in [0, 1)
     "The baseline that knows nothing"
-    tasks = list(tasks); x = np.triu(np.random.default_rng(stream(seed, "random distance")).random((len(tasks), len(tasks))), 1)
+    tasks = list(tasks)
+    x = np.triu(
+        np.random.default_rng(stream(seed, "random distance")).random((len(tasks), len(tasks))), 1
+    )
     return pd.DataFrame(x + x.T, tasks, tasks)
 
 # %% ../nbs/33a_prediction.ipynb #2a494c21
@@ -93,38 +142,63 @@ def pairs(
     **predictors,  # name=[tasks, tasks], larger means less alike
 ) -> pd.DataFrame:  # a row per source and target: gap, transferable, and a column per predictor
     "Gaps of transferred tickets beside what should have predicted them"
-    g = gaps[(gaps.kind == "transferred") & (gaps.source != gaps.target)] if "kind" in gaps else gaps[gaps.source != gaps.target]
+    g = (
+        gaps[(gaps.kind == "transferred") & (gaps.source != gaps.target)]
+        if "kind" in gaps
+        else gaps[gaps.source != gaps.target]
+    )
     twice = g[g.duplicated(["source", "target"])]
     if len(twice):
-        raise ValueError(f"more than one gap from {twice.source.iloc[0]!r} to {twice.target.iloc[0]!r}: choose one model, origin of weights and round first")
-    if not len(g): raise ValueError("no gap of a transferred ticket in this table")
+        raise ValueError(
+            f"more than one gap from {twice.source.iloc[0]!r} to {twice.target.iloc[0]!r}: choose one model, origin of weights and round first"
+        )
+    if not len(g):
+        raise ValueError("no gap of a transferred ticket in this table")
     table = g[["source", "target", "gap", "transferable"]].reset_index(drop=True)
     for name, d in predictors.items():
         lost = sorted({*table.source, *table.target} - (set(d.index) & set(d.columns)))
-        if lost: raise ValueError(f"predictor {name!r} knows nothing of task {lost[0]!r}; it has {', '.join(map(str, d.index))}")
+        if lost:
+            raise ValueError(
+                f"predictor {name!r} knows nothing of task {lost[0]!r}; it has {', '.join(map(str, d.index))}"
+            )
         table[name] = [d.loc[s, t] for s, t in zip(table.source, table.target)]
     return table
 
 # %% ../nbs/33a_prediction.ipynb #2b92d18b
-def _square(table, value, tasks): return table.pivot(index="source", columns="target", values=value).reindex(index=tasks, columns=tasks).values.astype(float)
+def _square(table, value, tasks):
+    return (
+        table.pivot(index="source", columns="target", values=value)
+        .reindex(index=tasks, columns=tasks)
+        .values.astype(float)
+    )
 
-def _tasks(table): return list(dict.fromkeys([*table.source, *table.target]))
+
+def _tasks(table):
+    return list(dict.fromkeys([*table.source, *table.target]))
+
 
 def _orders(K, draws, seed):
     "All orders of K tasks if they are few, else a sample; the first is the identity"
-    if math.factorial(K) <= max(draws, 720): return np.array(list(permutations(range(K))))
+    if math.factorial(K) <= max(draws, 720):
+        return np.array(list(permutations(range(K))))
     rng = np.random.default_rng(stream(seed, "orders of tasks"))
     return np.array([np.arange(K), *(rng.permutation(K) for _ in range(draws))])
 
+
 def _correlations(d, g, seen, within):
     "Spearman of distances [orders, K, K] and gaps [K, K] over the pairs that were seen, over all or per target and averaged"
-    if not within: sets = [seen]
-    else: sets = [m for j in range(len(g)) if (m := seen & (np.arange(len(g)) == j)).sum() > 2]
+    if not within:
+        sets = [seen]
+    else:
+        sets = [m for j in range(len(g)) if (m := seen & (np.arange(len(g)) == j)).sum() > 2]
     out = []
     for m in sets:
-        x, y = stats.rankdata(d[:, m], axis=1), stats.rankdata(g[m]); x, y = x - x.mean(1, keepdims=True), y - y.mean()
-        size = np.sqrt((x * x).sum(1) * (y * y).sum()); out.append(np.divide(x @ y, size, out=np.zeros(len(x)), where=size > 1e-12))
+        x, y = stats.rankdata(d[:, m], axis=1), stats.rankdata(g[m])
+        x, y = x - x.mean(1, keepdims=True), y - y.mean()
+        size = np.sqrt((x * x).sum(1) * (y * y).sum())
+        out.append(np.divide(x @ y, size, out=np.zeros(len(x)), where=size > 1e-12))
     return np.mean(out, axis=0) if out else np.full(len(d), np.nan)
+
 
 def mantel(
     table: pd.DataFrame,  # from `pairs`
@@ -134,19 +208,29 @@ def mantel(
     seed: int = 0,  # of the permutations
 ) -> tuple:  # Spearman's correlation, one-sided p-value; nan for fewer than three pairs
     "Rank correlation of a predictor with the gap, and its p-value over permutations of tasks"
-    tasks = _tasks(table); lookup(predictor, dict.fromkeys(table), "predictor"); g, d = _square(table, "gap", tasks), _square(table, predictor, tasks)
-    seen = np.isfinite(g); d = np.where(np.isfinite(d), d, d.T)  # a distance seen in one direction only
-    if seen.sum() < 3: return np.nan, np.nan
-    orders = _orders(len(tasks), draws, seed); moved = d[orders[:, :, None], orders[:, None, :]]
+    tasks = _tasks(table)
+    lookup(predictor, dict.fromkeys(table), "predictor")
+    g, d = _square(table, "gap", tasks), _square(table, predictor, tasks)
+    seen = np.isfinite(g)
+    d = np.where(np.isfinite(d), d, d.T)  # a distance seen in one direction only
+    if seen.sum() < 3:
+        return np.nan, np.nan
+    orders = _orders(len(tasks), draws, seed)
+    moved = d[orders[:, :, None], orders[:, None, :]]
     if not np.isfinite(d[~np.eye(len(d), dtype=bool)]).all():
-        raise ValueError(f"to permute tasks, the predictor {predictor!r} must be known for every pair of tasks, in one direction at least: transfer between all of them, or leave tasks out")
+        raise ValueError(
+            f"to permute tasks, the predictor {predictor!r} must be known for every pair of tasks, in one direction at least: transfer between all of them, or leave tasks out"
+        )
     r = _correlations(moved, g, seen, within)
-    return (float(r[0]), float((r >= r[0] - 1e-9).mean())) if np.isfinite(r[0]) else (np.nan, np.nan)
+    return (
+        (float(r[0]), float((r >= r[0] - 1e-9).mean())) if np.isfinite(r[0]) else (np.nan, np.nan)
+    )
 
 # %% ../nbs/33a_prediction.ipynb #bf30c9ce
 @dataclass
 class Predictor:
     "A logistic curve from distances to the probability of being transferable"
+
     names: list  # predictors used
     center: np.ndarray  # their means
     scale: np.ndarray  # their standard deviations
@@ -158,26 +242,48 @@ class Predictor:
 
     def logit(self, table):
         "Log-odds of each row"
-        return self.beta[0] + (table[self.names].values.astype(float) - self.center) / self.scale @ self.beta[1:]
+        return (
+            self.beta[0]
+            + (table[self.names].values.astype(float) - self.center) / self.scale @ self.beta[1:]
+        )
 
 # %% ../nbs/33a_prediction.ipynb #57cd4e60
 def fit(
     table: pd.DataFrame,  # from `pairs`
     names: str | list = "flow",  # predictors to use
-    prior: float = 1.,  # standard deviation of the slopes' normal prior
+    prior: float = 1.0,  # standard deviation of the slopes' normal prior
 ) -> Predictor:
     "Logistic curve that never rises with distance, with a prior on its slopes, by maximum posterior"
     names = [names] if isinstance(names, str) else list(names)
-    for o in names: lookup(o, dict.fromkeys(table), "predictor")
+    for o in names:
+        lookup(o, dict.fromkeys(table), "predictor")
     t = table[table.transferable.notna()]
-    if not len(t): raise ValueError("no pair has a verdict: 'transferable' needs at least two seeds")
+    if not len(t):
+        raise ValueError("no pair has a verdict: 'transferable' needs at least two seeds")
     x, y = t[names].values.astype(float), t.transferable.values.astype(float)
-    center, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1.); X = np.c_[np.ones(len(x)), (x - center) / scale]
-    width = np.r_[5., np.full(len(names), prior)]
+    center, scale = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1.0)
+    X = np.c_[np.ones(len(x)), (x - center) / scale]
+    width = np.r_[5.0, np.full(len(names), prior)]
+
     def loss(b):
         eta = X @ b
-        return np.logaddexp(0, eta).sum() - y @ eta + (b**2 / width**2).sum() / 2, X.T @ (1 / (1 + np.exp(-eta)) - y) + b / width**2
-    return Predictor(names, center, scale, minimize(loss, np.zeros(X.shape[1]), jac=True, method="L-BFGS-B", bounds=[(None, None)] + [(None, 0)] * len(names)).x)
+        return np.logaddexp(0, eta).sum() - y @ eta + (b**2 / width**2).sum() / 2, X.T @ (
+            1 / (1 + np.exp(-eta)) - y
+        ) + b / width**2
+
+    return Predictor(
+        names,
+        center,
+        scale,
+        minimize(
+            loss,
+            np.zeros(X.shape[1]),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(None, None)] + [(None, 0)] * len(names),
+        ).x,
+    )
+
 
 def rank(
     predictor: Predictor,  # from `fit`
@@ -186,73 +292,159 @@ def rank(
     **distances,  # name=[tasks, tasks] for every predictor used
 ) -> pd.DataFrame:  # candidate, a column per predictor, probability; best first
     "Candidate tickets in the order in which they should be tried"
-    for o in predictor.names: lookup(o, distances, "distance"); lookup(target, dict.fromkeys(distances[o].columns), "task")
-    candidates = [o for o in next(iter(distances.values())).index if o != target] if candidates is None else candidates
-    table = pd.DataFrame([dict(candidate=c) | {o: lookup(c, distances[o].T, "task")[target] for o in predictor.names} for c in candidates])
-    return table.assign(probability=predictor.probability(table)).sort_values("probability", ascending=False, kind="stable").reset_index(drop=True)
+    for o in predictor.names:
+        lookup(o, distances, "distance")
+        lookup(target, dict.fromkeys(distances[o].columns), "task")
+    candidates = (
+        [o for o in next(iter(distances.values())).index if o != target]
+        if candidates is None
+        else candidates
+    )
+    table = pd.DataFrame(
+        [
+            dict(candidate=c)
+            | {o: lookup(c, distances[o].T, "task")[target] for o in predictor.names}
+            for c in candidates
+        ]
+    )
+    return (
+        table.assign(probability=predictor.probability(table))
+        .sort_values("probability", ascending=False, kind="stable")
+        .reset_index(drop=True)
+    )
 
 # %% ../nbs/33a_prediction.ipynb #ed7df6b8
 def _held_out(table, names):
     "Per target: pairs put in the right order, pairs; each with a curve that has not seen the target"
     wins = {}
     for target in dict.fromkeys(table.target):
-        mine, rest = table[(table.target == target) & table.transferable.notna()], table[(table.target != target) & (table.source != target)]
+        mine, rest = (
+            table[(table.target == target) & table.transferable.notna()],
+            table[(table.target != target) & (table.source != target)],
+        )
         y = mine.transferable.astype(bool).values
-        if y.all() or not y.any(): continue
-        if not rest.transferable.notna().any(): continue
-        p = fit(rest, names).logit(mine); diff = p[y][:, None] - p[~y][None]
-        wins[target] = ((diff > 1e-12).sum() + .5 * (np.abs(diff) <= 1e-12).sum(), diff.size)
+        if y.all() or not y.any():
+            continue
+        if not rest.transferable.notna().any():
+            continue
+        p = fit(rest, names).logit(mine)
+        diff = p[y][:, None] - p[~y][None]
+        wins[target] = ((diff > 1e-12).sum() + 0.5 * (np.abs(diff) <= 1e-12).sum(), diff.size)
     return pd.DataFrame(wins, index=["right", "pairs"]).T
 
-def _auc(wins): return wins.right.sum() / wins.pairs.sum() if len(wins) else np.nan
+
+def _auc(wins):
+    return wins.right.sum() / wins.pairs.sum() if len(wins) else np.nan
+
 
 def _resampled(wins, draws, seed):
     "AUC with targets drawn anew, [draws]; the draws are the same for tables of the same targets"
-    pick = np.random.default_rng(stream(seed, "targets")).integers(len(wins), size=(draws, len(wins)))
+    pick = np.random.default_rng(stream(seed, "targets")).integers(
+        len(wins), size=(draws, len(wins))
+    )
     return wins.right.values[pick].sum(1) / wins.pairs.values[pick].sum(1)
+
 
 def held_out_auc(
     table: pd.DataFrame,  # from `pairs`
     names: str | list = "flow",  # predictors, together in one curve
-    level: float = .95,  # of the interval
+    level: float = 0.95,  # of the interval
     draws: int = 2000,  # bootstrap samples of targets
     seed: int = 0,  # of the bootstrap
-) -> dict:  # auc, low, high (nan for fewer than three targets), targets and pairs that could be used
+) -> (
+    dict
+):  # auc, low, high (nan for fewer than three targets), targets and pairs that could be used
     "How often, for a task the curve has not seen, a ticket that transfers is ranked above one that does not"
-    wins = _held_out(table, names); out = dict(auc=_auc(wins), low=np.nan, high=np.nan, targets=len(wins), pairs=int(wins.pairs.sum()) if len(wins) else 0)
-    if len(wins) > 2: out["low"], out["high"] = np.quantile(_resampled(wins, draws, seed), [(1 - level) / 2, (1 + level) / 2])
+    wins = _held_out(table, names)
+    out = dict(
+        auc=_auc(wins),
+        low=np.nan,
+        high=np.nan,
+        targets=len(wins),
+        pairs=int(wins.pairs.sum()) if len(wins) else 0,
+    )
+    if len(wins) > 2:
+        out["low"], out["high"] = np.quantile(
+            _resampled(wins, draws, seed), [(1 - level) / 2, (1 + level) / 2]
+        )
     return out
 
 # %% ../nbs/33a_prediction.ipynb #16993e99
 def trial(
     table: pd.DataFrame,  # from `pairs`; the columns after "transferable" are the predictors
     main: str = "flow",  # the predictor on trial; all others are baselines
-    level: float = .95, draws: int = 2000, seed: int = 0,  # as in `held_out_auc`
+    level: float = 0.95,  # as in `held_out_auc`
+    draws: int = 2000,  # as in `held_out_auc`
+    seed: int = 0,  # as in `held_out_auc`
 ) -> pd.DataFrame:  # a row per predictor: spearman, p, within, p_within, auc, low, high, targets, pairs, gain (main - this), gain_low, gain_high
     "Every predictor against the transfers that were trained"
-    names = [c for c in table if c not in ("source", "target", "gap", "transferable")]; lookup(main, dict.fromkeys(names), "predictor"); rows = []
+    names = [c for c in table if c not in ("source", "target", "gap", "transferable")]
+    lookup(main, dict.fromkeys(names), "predictor")
+    rows = []
     mine = _held_out(table, main)
     for name in [main, *(o for o in names if o != main)]:
-        r, p = mantel(table, name, False, draws, seed); w, pw = mantel(table, name, True, draws, seed)
-        row = dict(predictor=name, spearman=r, p=p, within=w, p_within=pw, **held_out_auc(table, name, level, draws, seed))
+        r, p = mantel(table, name, False, draws, seed)
+        w, pw = mantel(table, name, True, draws, seed)
+        row = dict(
+            predictor=name,
+            spearman=r,
+            p=p,
+            within=w,
+            p_within=pw,
+            **held_out_auc(table, name, level, draws, seed),
+        )
         if name != main:
-            other = _held_out(table, name); row["gain"] = _auc(mine) - _auc(other)
+            other = _held_out(table, name)
+            row["gain"] = _auc(mine) - _auc(other)
             if len(mine) > 2:
-                row["gain_low"], row["gain_high"] = np.quantile(_resampled(mine, draws, seed) - _resampled(other, draws, seed), [(1 - level) / 2, (1 + level) / 2])
+                row["gain_low"], row["gain_high"] = np.quantile(
+                    _resampled(mine, draws, seed) - _resampled(other, draws, seed),
+                    [(1 - level) / 2, (1 + level) / 2],
+                )
         rows.append(row)
-    return pd.DataFrame(rows).reindex(columns=["predictor", "spearman", "p", "within", "p_within", "auc", "low", "high", "targets", "pairs", "gain", "gain_low", "gain_high"]).set_index("predictor")
+    return (
+        pd.DataFrame(rows)
+        .reindex(
+            columns=[
+                "predictor",
+                "spearman",
+                "p",
+                "within",
+                "p_within",
+                "auc",
+                "low",
+                "high",
+                "targets",
+                "pairs",
+                "gain",
+                "gain_low",
+                "gain_high",
+            ]
+        )
+        .set_index("predictor")
+    )
+
 
 def in_words(
     result: pd.DataFrame,  # from `trial`
 ) -> str:  # a few lines
     "The verdict of a trial, plainly"
     o, rest = result.iloc[0], result.iloc[1:]
-    if not o.targets: return f"No target has both tickets that transfer and tickets that do not, so {result.index[0]} could not be tried by ranking; rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g})."
+    if not o.targets:
+        return f"No target has both tickets that transfer and tickets that do not, so {result.index[0]} could not be tried by ranking; rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g})."
     ends = f" [{o.low:.2f}, {o.high:.2f}]" if np.isfinite(o.low) else ""
-    lines = [f"{result.index[0]}: rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g} over permutations of tasks), AUC for a task held out {o.auc:.2f}{ends} from {o.targets:.0f} targets."]
+    lines = [
+        f"{result.index[0]}: rank correlation with the gap {o.spearman:+.2f} (p = {o.p:.2g} over permutations of tasks), AUC for a task held out {o.auc:.2f}{ends} from {o.targets:.0f} targets."
+    ]
     for name, b in rest.iterrows():
-        how = "beats" if b.gain_low > 0 else "loses to" if b.gain_high < 0 else "cannot be told from"
-        lines.append(f"  {how} {name} (AUC {b.auc:.2f}, difference {b.gain:+.2f}" + (f" [{b.gain_low:+.2f}, {b.gain_high:+.2f}]" if np.isfinite(b.gain_low) else "") + ")")
+        how = (
+            "beats" if b.gain_low > 0 else "loses to" if b.gain_high < 0 else "cannot be told from"
+        )
+        lines.append(
+            f"  {how} {name} (AUC {b.auc:.2f}, difference {b.gain:+.2f}"
+            + (f" [{b.gain_low:+.2f}, {b.gain_high:+.2f}]" if np.isfinite(b.gain_low) else "")
+            + ")"
+        )
     return "\n".join(lines)
 
 # %% ../nbs/33a_prediction.ipynb #4219582f
@@ -263,11 +455,26 @@ def how_cheap(
     **how,  # as in `flow_distance`
 ) -> pd.DataFrame:  # a row per last round: cost (fraction of the rounds), agreement (Spearman with the whole flow's distances), p; with gaps spearman, auc, low, high
     "What is left of the distances when flows are stopped early"
-    last = int(flow.frame.groupby(["task", "model", "control", "seed"]).n.max().min()); whole = flow_distance(flow, last, **how); rows = []
+    last = int(flow.frame.groupby(["task", "model", "control", "seed"]).n.max().min())
+    whole = flow_distance(flow, last, **how)
+    rows = []
     for k in rounds or range(2, last + 1):
         d = flow_distance(flow, k, **how)
-        as_gaps = pd.DataFrame([dict(source=a, target=b, gap=whole.loc[a, b], transferable=True) for a in whole for b in whole if a != b])
-        agreement, p = mantel(pairs(as_gaps, short=d), "short"); row = dict(round=k, cost=(k + 1) / (last + 1), agreement=agreement, p=p)
-        if gaps is not None: t = pairs(gaps, flow=d); row |= dict(spearman=mantel(t, "flow")[0], **{c: held_out_auc(t)[c] for c in ("auc", "low", "high")})
+        as_gaps = pd.DataFrame(
+            [
+                dict(source=a, target=b, gap=whole.loc[a, b], transferable=True)
+                for a in whole
+                for b in whole
+                if a != b
+            ]
+        )
+        agreement, p = mantel(pairs(as_gaps, short=d), "short")
+        row = dict(round=k, cost=(k + 1) / (last + 1), agreement=agreement, p=p)
+        if gaps is not None:
+            t = pairs(gaps, flow=d)
+            row |= dict(
+                spearman=mantel(t, "flow")[0],
+                **{c: held_out_auc(t)[c] for c in ("auc", "low", "high")},
+            )
         rows.append(row)
     return pd.DataFrame(rows).set_index("round")

@@ -17,13 +17,19 @@ def _write(path, facts):
     "Replace a small JSON file at once; not worth a disk flush or a run: a lost note is a bar that stands still"
     tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with contextlib.suppress(OSError):
-        try: tmp.write_text(json.dumps(facts)); os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+        try:
+            tmp.write_text(json.dumps(facts))
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
 
 def _read(path):
     "What a note says, None if there is none"
-    try: return json.loads(Path(path).read_text())
-    except (OSError, ValueError): return None
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
 
 # %% ../nbs/39_progress.ipynb #48e20401
 def plan(
@@ -31,83 +37,138 @@ def plan(
     specs: list,  # its runs: anything with `id`, `rounds` and a name when printed
 ):
     "Note what a study is going to do, in folder/plan.json"
-    _write(Path(folder) / "plan.json", [dict(id=s.id, label=str(s), rounds=s.rounds) for s in specs])
+    _write(
+        Path(folder) / "plan.json", [dict(id=s.id, label=str(s), rounds=s.rounds) for s in specs]
+    )
+
 
 def planned(
     folder,  # a study's folder
 ) -> list:  # of dicts with id, label and rounds
     "What a study is going to do, as far as its plan can be read"
     runs = _read(Path(folder) / "plan.json")
-    sound = lambda r: isinstance(r, dict) and isinstance(r.get("id"), str) and isinstance(r.get("rounds"), int)
+    sound = lambda r: (
+        isinstance(r, dict) and isinstance(r.get("id"), str) and isinstance(r.get("rounds"), int)
+    )
     return [dict(label=r["id"]) | r for r in runs if sound(r)] if isinstance(runs, list) else []
+
 
 def note(
     home,  # a run's folder
     n: int,  # round it is in; -1: on the way to the point it will rewind to
-    step: int, steps: int,  # optimizer steps of the round, done and in all
+    step: int,  # optimizer steps of the round, done and in all
+    steps: int,  # optimizer steps of the round, done and in all
     rounds: int,  # last round
     done: bool = False,  # nothing more to come
 ):
     "Note where a run is, in home/progress.json"
-    _write(Path(home) / "progress.json", dict(n=n, step=step, steps=steps, rounds=rounds, done=done))
+    _write(
+        Path(home) / "progress.json", dict(n=n, step=step, steps=steps, rounds=rounds, done=done)
+    )
+
 
 def far(
     home,  # a run's folder
 ) -> float:  # rounds finished, with the fraction of the present one; 0 if it has not begun
     "How far a run is"
     p = _read(Path(home) / "progress.json")
-    try: return 0. if p["n"] < 0 else p["n"] + p["step"] / p["steps"]
-    except (TypeError, KeyError, ZeroDivisionError): return 0.  # no note, or none of ours
+    try:
+        return 0.0 if p["n"] < 0 else p["n"] + p["step"] / p["steps"]
+    except (TypeError, KeyError, ZeroDivisionError):
+        return 0.0  # no note, or none of ours
 
 # %% ../nbs/39_progress.ipynb #2791faa7
 class Watch:
     "Progress bars over a study's folder"
+
     def __init__(self, folder, **kwargs):
         self.folder, self.kwargs = Path(folder), kwargs  # kwargs go to tqdm
-        self.bar = tqdm if "file" not in kwargs and type(sys.stderr).__module__.startswith("ipykernel") else lines  # widgets only where they can be seen
+        self.bar = (
+            tqdm
+            if "file" not in kwargs and type(sys.stderr).__module__.startswith("ipykernel")
+            else lines
+        )  # widgets only where they can be seen
         self.all, self.bars, self.began = None, {}, {}
 
     def look(self):
         "Read the notes and redraw"
         runs = planned(self.folder)
-        if not runs: return
+        if not runs:
+            return
         at = {run["id"]: far(self.folder / run["id"]) for run in runs}
         total = sum(r["rounds"] + 1 for r in runs)
-        if self.all is not None and self.all.total != total: self.close(); self.all, self.bars = None, {}  # a notebook that goes on to its next plan
-        if self.all is None: self.all = self.bar(total=total, initial=sum(at.values()), desc="all runs", **self.kwargs, bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
-        self.all.n = sum(at.values()); self.all.refresh()
-        for run in runs: self.one(run, at[run["id"]])
+        if self.all is not None and self.all.total != total:
+            self.close()
+            self.all, self.bars = None, {}  # a notebook that goes on to its next plan
+        if self.all is None:
+            self.all = self.bar(
+                total=total,
+                initial=sum(at.values()),
+                desc="all runs",
+                **self.kwargs,
+                bar_format="{desc}: {n:.0f} of {total:.0f} rounds {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]",
+            )
+        self.all.n = sum(at.values())
+        self.all.refresh()
+        for run in runs:
+            self.one(run, at[run["id"]])
 
     def close(self):
         "Close all bars"
         for bar in [*self.bars.values(), self.all]:
-            if bar is not None: bar.close()
+            if bar is not None:
+                bar.close()
 
 # %% ../nbs/39_progress.ipynb #ac191eb7
 @patch_to(Watch)
 def one(self, run, x):
     "The bar of one run: opened when it moves, closed after its last round"
     key, part = (run["id"], int(x)), x - int(x)
-    if x == 0 or x > run["rounds"] + .999:
-        if run["id"] in self.bars: bar = self.bars.pop(run["id"]); bar.n = bar.total; bar.close()  # a widget closed before its end stays, in red
+    if x == 0 or x > run["rounds"] + 0.999:
+        if run["id"] in self.bars:
+            bar = self.bars.pop(run["id"])
+            bar.n = bar.total
+            bar.close()  # a widget closed before its end stays, in red
         return
-    if run["id"] not in self.bars: self.bars[run["id"]] = self.bar(total=run["rounds"] + 1, initial=x, leave=False, **self.kwargs, bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
-    began = self.began.setdefault(key, time.monotonic()); spent = time.monotonic() - began
+    if run["id"] not in self.bars:
+        self.bars[run["id"]] = self.bar(
+            total=run["rounds"] + 1,
+            initial=x,
+            leave=False,
+            **self.kwargs,
+            bar_format="{desc:62.62s} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]",
+        )
+    began = self.began.setdefault(key, time.monotonic())
+    spent = time.monotonic() - began
     left = f", {spent * (1 - part) / part:.0f} s left in it" if part else ""
-    bar = self.bars[run["id"]]; bar.n = x; bar.set_description_str(f"{run['label']}: round {int(x)}/{run['rounds']}{left}")
+    bar = self.bars[run["id"]]
+    bar.n = x
+    bar.set_description_str(f"{run['label']}: round {int(x)}/{run['rounds']}{left}")
 
 # %% ../nbs/39_progress.ipynb #0b8777e0
 @contextlib.contextmanager
 def watching(
     folder,  # a study's folder
-    every: float = .5,  # seconds between looks
+    every: float = 0.5,  # seconds between looks
 ):
     "Show progress bars while the block runs"
-    if os.environ.get("RG_TICKETS_PROGRESS") == "off": yield; return
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules): every = max(every, 20)
+    if os.environ.get("RG_TICKETS_PROGRESS") == "off":
+        yield
+        return
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        every = max(every, 20)
     watch, over = Watch(folder), threading.Event()
+
     def loop():
-        while not over.wait(every): watch.look()
-    thread = threading.Thread(target=loop, daemon=True); thread.start()
-    try: yield
-    finally: over.set(); thread.join(); watch.look(); watch.close()
+        while not over.wait(every):
+            watch.look()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        watch.look()
+        watch.close()

@@ -22,6 +22,7 @@ from .train import device as find_device
 @dataclass(frozen=True)
 class World:
     "The processes that share a run"
+
     rank: int = 0  # which of them this is, from 0
     size: int = 1  # how many there are
     place: torch.device | None = None  # the device that accelerate chose for this rank
@@ -42,54 +43,90 @@ class World:
 # %% ../nbs/22b_ranks.ipynb #96df5158
 WAIT = timedelta(minutes=10)  # after this long without an answer a rank gives up
 
+
 def _leave():
     "Close the world when Python ends, unless it ends in an error: the launcher stops the others then"
-    if dist.is_initialized() and getattr(sys, "last_value", None) is None: dist.destroy_process_group()
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
+
 
 def _join():
     "Start the process group that the launcher has prepared"
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if torch.cuda.is_available() and here > gpus and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        raise ValueError(f"{here} ranks on this machine, but torch sees {gpus} GPUs: start one rank per GPU, or set ACCELERATE_USE_CPU=true to work on the CPU")
-    from accelerate import PartialState  # here, so that a run without ranks need not wait for the import
-    PartialState(timeout=WAIT); atexit.register(_leave)
+    if (
+        torch.cuda.is_available()
+        and here > gpus
+        and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    ):
+        raise ValueError(
+            f"{here} ranks on this machine, but torch sees {gpus} GPUs: start one rank per GPU, or set ACCELERATE_USE_CPU=true to work on the CPU"
+        )
+    from accelerate import (
+        PartialState,
+    )  # here, so that a run without ranks need not wait for the import
+
+    PartialState(timeout=WAIT)
+    atexit.register(_leave)
+
 
 def world() -> World:
     "The world this process belongs to, joined if a launcher started it"
-    if not dist.is_available(): return World()
-    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if launched and not dist.is_initialized(): _join()
-    if not dist.is_initialized() or dist.get_world_size() == 1: return World()
+    if not dist.is_available():
+        return World()
+    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) and int(
+        os.environ.get("WORLD_SIZE", 1)
+    ) > 1
+    if launched and not dist.is_initialized():
+        _join()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return World()
     state = sys.modules["accelerate"].PartialState if "accelerate" in sys.modules else None
-    return World(dist.get_rank(), dist.get_world_size(), state().device if state and state._shared_state else None)
+    return World(
+        dist.get_rank(),
+        dist.get_world_size(),
+        state().device if state and state._shared_state else None,
+    )
 
 # %% ../nbs/22b_ranks.ipynb #ba882f4a
 def _talk(collective, *args, **kwargs):
     "Call a collective; a lost connection is said in words"
-    try: return collective(*args, **kwargs)
+    try:
+        return collective(*args, **kwargs)
     except RuntimeError as e:
         why = str(e).splitlines()[0]
-        raise RuntimeError(f"rank {dist.get_rank()} has lost the other ranks: one has stopped, or did not answer for too long. The cause is in the message of that rank ({why})") from e
+        raise RuntimeError(
+            f"rank {dist.get_rank()} has lost the other ranks: one has stopped, or did not answer for too long. The cause is in the message of that rank ({why})"
+        ) from e
+
 
 @patch_to(World)
 def same(self, value):
     "Rank 0's value, on every rank"
-    if self.size == 1: return value
-    told = [value]; _talk(dist.broadcast_object_list, told, src=0)
+    if self.size == 1:
+        return value
+    told = [value]
+    _talk(dist.broadcast_object_list, told, src=0)
     return told[0]
+
 
 @patch_to(World)
 def once(self, f):
     "Call `f` on rank 0 while the others wait; its error is everybody's. Gives what `f` gave on rank 0, None elsewhere"
     value = error = None
-    if self.size == 1: return f()
+    if self.size == 1:
+        return f()
     if self.lead:
-        try: value = f()
-        except Exception as e: error = e
+        try:
+            value = f()
+        except Exception as e:
+            error = e
     told = self.same(f"{type(error).__name__}: {error}" if error else None)
-    if error: raise error
-    if told: raise RuntimeError(f"rank 0 could not go on, so rank {self.rank} stops as well. {told}")
+    if error:
+        raise error
+    if told:
+        raise RuntimeError(f"rank 0 could not go on, so rank {self.rank} stops as well. {told}")
     return value
+
 
 @patch_to(World)
 @contextmanager
@@ -103,6 +140,7 @@ def alone(self, folder):
 class RanksDiffer(RuntimeError):
     "Ranks that should hold the same do not"
 
+
 def _difference(
     told: list,  # for each rank: name -> digest or repr
 ) -> str | None:  # in words, or None if all are the same
@@ -110,7 +148,9 @@ def _difference(
     for rank, facts in enumerate(told):
         bad = [k for k in told[0] | facts if told[0].get(k) != facts.get(k)]
         short = lambda v: "nothing" if v is None else v if len(v) < 40 else v[:12] + "..."
-        if bad: return f"{len(bad)} of {len(told[0] | facts)} things differ, the first is {bad[0]!r}: {short(told[0].get(bad[0]))} on rank 0, {short(facts.get(bad[0]))} on rank {rank}"
+        if bad:
+            return f"{len(bad)} of {len(told[0] | facts)} things differ, the first is {bad[0]!r}: {short(told[0].get(bad[0]))} on rank 0, {short(facts.get(bad[0]))} on rank {rank}"
+
 
 @patch_to(World)
 def agree(
@@ -119,103 +159,153 @@ def agree(
     facts: dict,  # name -> tensor or plain value
 ):
     "Raise `RanksDiffer` on every rank unless all hold the same bits and values"
-    if self.size == 1: return
+    if self.size == 1:
+        return
     told = [None] * self.size
-    _talk(dist.all_gather_object, told, {k: digest({k: v}) if torch.is_tensor(v) else repr(v) for k, v in facts.items()})
+    _talk(
+        dist.all_gather_object,
+        told,
+        {k: digest({k: v}) if torch.is_tensor(v) else repr(v) for k, v in facts.items()},
+    )
     if found := _difference(told):
-        raise RanksDiffer(f"{when}: {found}. Every rank must build the same task and network from the same arguments, and nothing may change the weights on one rank alone")
+        raise RanksDiffer(
+            f"{when}: {found}. Every rank must build the same task and network from the same arguments, and nothing may change the weights on one rank alone"
+        )
 
 # %% ../nbs/22b_ranks.ipynb #6206e24e
 class _Whole(torch.autograd.Function):
     "Put the shares of all ranks together; backwards, a rank's own part times the number of ranks"
+
     @staticmethod
     def forward(ctx, y, n, mine, size):
         ctx.mine, ctx.size = mine, size
-        whole = y.new_zeros((n, *y.shape[1:])); whole[mine] = y
+        whole = y.new_zeros((n, *y.shape[1:]))
+        whole[mine] = y
         _talk(dist.all_reduce, whole)
         return whole
 
     @staticmethod
-    def backward(ctx, g): return g[ctx.mine] * ctx.size, None, None, None
+    def backward(ctx, g):
+        return g[ctx.mine] * ctx.size, None, None, None
 
 # %% ../nbs/22b_ranks.ipynb #06887c93
 class _Total(torch.autograd.Function):
     "Sum over ranks, forwards and backwards"
+
     @staticmethod
     def forward(ctx, x):
-        x = x.clone(); _talk(dist.all_reduce, x)
+        x = x.clone()
+        _talk(dist.all_reduce, x)
         return x
 
     @staticmethod
-    def backward(ctx, g): return _Total.forward(None, g.contiguous())
+    def backward(ctx, g):
+        return _Total.forward(None, g.contiguous())
+
 
 class _GlobalBatchNorm(nn.SyncBatchNorm):
     "Batch normalisation with the statistics of the global batch, on GPU and CPU"
+
     process_group = None  # all ranks
 
     def forward(self, x):
         "SyncBatchNorm on a GPU, the same by hand elsewhere"
-        if x.is_cuda: return super().forward(x)
-        over, shape, wide = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2), x if x.dtype == torch.float64 else x.float()
-        *total, n = _Total.apply(torch.cat([wide.sum(over), wide.new_tensor([x.numel() / x.shape[1]])])).split([x.shape[1], 1])
+        if x.is_cuda:
+            return super().forward(x)
+        over, shape, wide = (
+            [d for d in range(x.dim()) if d != 1],
+            [1, -1] + [1] * (x.dim() - 2),
+            x if x.dtype == torch.float64 else x.float(),
+        )
+        *total, n = _Total.apply(
+            torch.cat([wide.sum(over), wide.new_tensor([x.numel() / x.shape[1]])])
+        ).split([x.shape[1], 1])
         mean = total[0] / n
         away = wide - mean.view(shape)
         var = _Total.apply(away.square().sum(over)) / n
-        if self.track_running_stats: self.remember(mean.detach(), var.detach() * n / (n - 1))
+        if self.track_running_stats:
+            self.remember(mean.detach(), var.detach() * n / (n - 1))
         y = away * (var + self.eps).rsqrt().view(shape)
-        return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(x.dtype)
+        return (y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(
+            x.dtype
+        )
 
     @torch.no_grad()
     def remember(self, mean, var):
         "Move the running statistics as nn.BatchNorm does"
         self.num_batches_tracked += 1
         rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, rate); self.running_var.lerp_(var, rate)
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var, rate)
 
 # %% ../nbs/22b_ranks.ipynb #63c40793
 @contextmanager
 def _one_mean(network):
     "Within the block, batch normalisation in training mode sees the global batch"
-    norms = [(m, type(m)) for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for m, _ in norms: m.__class__ = _GlobalBatchNorm
-    try: yield
+    norms = [
+        (m, type(m))
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
+    for m, _ in norms:
+        m.__class__ = _GlobalBatchNorm
+    try:
+        yield
     finally:
-        for m, kind in norms: m.__class__ = kind
+        for m, kind in norms:
+            m.__class__ = kind
 
 # %% ../nbs/22b_ranks.ipynb #6f110d9f
 def _each(f, data):
     "`f` of every tensor in nested tuples, lists and mappings"
     from accelerate.utils import recursively_apply
+
     return recursively_apply(f, data)
+
 
 def _samples(args, kwargs):
     "Number of samples in a call's arguments, None if they are not tensors with samples first"
     tensors = []
     for o in (*args, *kwargs.values()):
-        if isinstance(o, (tuple, list)): return None
+        if isinstance(o, (tuple, list)):
+            return None
         tensors += [o] if torch.is_tensor(o) else o.values() if isinstance(o, Mapping) else []
     return len(tensors[0]) if tensors and torch.is_tensor(tensors[0]) and tensors[0].dim() else None
+
 
 @contextmanager
 def _own_draws(rank, call):
     "Within the block this rank's draws are its own; afterwards the common stream is where it was"
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(stream(torch.initial_seed(), "rank", rank, call)); yield
+    with torch.random.fork_rng(
+        devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    ):
+        torch.manual_seed(stream(torch.initial_seed(), "rank", rank, call))
+        yield
+
 
 def _shared(world, network, plain):
     "The forward pass `plain` of `network`, shared out over the ranks"
     last = [None, 0]  # seed of the step, forward passes under it
+
     def forward(*args, **kwargs):
         n = _samples(args, kwargs)
-        if not network.training or n is None or n < world.size: return plain(*args, **kwargs)
+        if not network.training or n is None or n < world.size:
+            return plain(*args, **kwargs)
         mine = world.share(n)
         cut = lambda t: t[mine] if t.dim() and len(t) == n else t
         last[:] = torch.initial_seed(), last[1] + 1 if last[0] == torch.initial_seed() else 0
-        with _one_mean(network), _own_draws(world.rank, last[1]): y = plain(*_each(cut, args), **_each(cut, kwargs))
+        with _one_mean(network), _own_draws(world.rank, last[1]):
+            y = plain(*_each(cut, args), **_each(cut, kwargs))
+
         def whole(t):
-            if not t.dim() or len(t) != mine.stop - mine.start: raise ValueError(f"the network was given {mine.stop - mine.start} samples and returned a tensor of shape {tuple(t.shape)}: on several ranks outputs must have one row per sample, and the loss be computed by the task")
+            if not t.dim() or len(t) != mine.stop - mine.start:
+                raise ValueError(
+                    f"the network was given {mine.stop - mine.start} samples and returned a tensor of shape {tuple(t.shape)}: on several ranks outputs must have one row per sample, and the loss be computed by the task"
+                )
             return _Whole.apply(t, n, mine, world.size)
+
         return _each(whole, y)
+
     return forward
 
 # %% ../nbs/22b_ranks.ipynb #c664ea8d
@@ -226,13 +316,28 @@ def spread(
     network: nn.Module,  # trained within the block, by any loop, on the same global batches on every rank
 ):
     "Within the block the network's work in training mode is shared out over the ranks"
-    if self.size == 1: yield; return
-    def average(p): _talk(dist.all_reduce, p.grad); p.grad.div_(self.size)
-    hooks = [p.register_post_accumulate_grad_hook(average) for p in network.parameters() if p.requires_grad]
-    before = network.__dict__.get("forward")  # of a network whose forward pass somebody has replaced
+    if self.size == 1:
+        yield
+        return
+
+    def average(p):
+        _talk(dist.all_reduce, p.grad)
+        p.grad.div_(self.size)
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(average)
+        for p in network.parameters()
+        if p.requires_grad
+    ]
+    before = network.__dict__.get(
+        "forward"
+    )  # of a network whose forward pass somebody has replaced
     network.forward = _shared(self, network, network.forward)
-    try: yield
+    try:
+        yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
         del network.forward
-        if before is not None: network.forward = before
+        if before is not None:
+            network.forward = before

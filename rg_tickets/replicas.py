@@ -24,35 +24,80 @@ from .train import Diverged, Masked, Recipe, optimizer, refine
 # %% ../nbs/23b_replicas.ipynb #394c159d
 class _Linear(nn.Module):
     "K linear layers side by side: [n, K * inputs] -> [n, K * outputs]"
+
     def __init__(self, linear, K):
         super().__init__()
         self.K, self.weight, self.bias = K, linear.weight, linear.bias
 
     def forward(self, x):
         x = x.unflatten(1, (self.K, -1)).transpose(0, 1)
-        y = torch.bmm(x, self.weight.unflatten(0, (self.K, -1)).transpose(1, 2)).transpose(0, 1).flatten(1)
+        y = (
+            torch.bmm(x, self.weight.unflatten(0, (self.K, -1)).transpose(1, 2))
+            .transpose(0, 1)
+            .flatten(1)
+        )
         return y if self.bias is None else y + self.bias
 
+
 def _conv(m, K):
-    return type(m)(m.in_channels * K, m.out_channels * K, m.kernel_size, m.stride, m.padding, m.dilation, m.groups * K, m.bias is not None, m.padding_mode, device="meta")
+    return type(m)(
+        m.in_channels * K,
+        m.out_channels * K,
+        m.kernel_size,
+        m.stride,
+        m.padding,
+        m.dilation,
+        m.groups * K,
+        m.bias is not None,
+        m.padding_mode,
+        device="meta",
+    )
 
-def _norm(m, K): return type(m)(m.num_features * K, m.eps, m.momentum, m.affine, m.track_running_stats, device="meta")
 
-WIDER = {nn.Conv1d: _conv, nn.Conv2d: _conv, nn.Conv3d: _conv, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, nn.BatchNorm3d: _norm, nn.Linear: _Linear}  # layer -> (layer, K) -> K of them side by side
+def _norm(m, K):
+    return type(m)(
+        m.num_features * K, m.eps, m.momentum, m.affine, m.track_running_stats, device="meta"
+    )
+
+
+WIDER = {
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.BatchNorm1d: _norm,
+    nn.BatchNorm2d: _norm,
+    nn.BatchNorm3d: _norm,
+    nn.Linear: _Linear,
+}  # layer -> (layer, K) -> K of them side by side
 
 # %% ../nbs/23b_replicas.ipynb #bfa8b0ec
-def _held(m): return any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+def _held(m):
+    return any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+
 
 def _alike(networks):
     "Refuse networks that differ in more than their numbers, or whose layers cannot be put side by side"
-    facts = lambda net: ({k: (tuple(t.shape), t.dtype, t.device) for k, t in net.state_dict().items()}, [p.requires_grad for p in net.parameters()], [(n, type(m)) for n, m in net.named_modules()])
+    facts = lambda net: (
+        {k: (tuple(t.shape), t.dtype, t.device) for k, t in net.state_dict().items()},
+        [p.requires_grad for p in net.parameters()],
+        [(n, type(m)) for n, m in net.named_modules()],
+    )
     first = facts(networks[0])
     for k, net in enumerate(networks):
-        if facts(net) != first: raise ValueError(f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices or frozen layers")
+        if facts(net) != first:
+            raise ValueError(
+                f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices or frozen layers"
+            )
     for name, m in networks[0].named_modules():
-        if _held(m) and type(m) not in WIDER: raise ValueError(f"{type(m).__name__} {name!r} holds tensors and cannot be put side by side; known layers: {', '.join(o.__name__ for o in WIDER)}")
+        if _held(m) and type(m) not in WIDER:
+            raise ValueError(
+                f"{type(m).__name__} {name!r} holds tensors and cannot be put side by side; known layers: {', '.join(o.__name__ for o in WIDER)}"
+            )
     tensors = [p for net in networks for _, p in net.named_parameters(remove_duplicate=False)]
-    if len({id(p) for p in tensors}) < len(tensors): raise ValueError("a parameter has two names, in one network or in two: replicas need weights of their own")
+    if len({id(p) for p in tensors}) < len(tensors):
+        raise ValueError(
+            "a parameter has two names, in one network or in two: replicas need weights of their own"
+        )
 
 # %% ../nbs/23b_replicas.ipynb #5710db27
 @torch.no_grad()
@@ -61,23 +106,40 @@ def _stack(many, networks):
     for path, m in networks[0].named_modules():
         twins, wide = [net.get_submodule(path) for net in networks], many.get_submodule(path)
         for name, p in m._parameters.items():
-            if p is None: continue
-            wide._parameters[name] = nn.Parameter(torch.cat([o._parameters[name].detach() for o in twins]), p.requires_grad)
-            for o, part in zip(twins, wide._parameters[name].detach().chunk(len(networks))): o._parameters[name].data = part
+            if p is None:
+                continue
+            wide._parameters[name] = nn.Parameter(
+                torch.cat([o._parameters[name].detach() for o in twins]), p.requires_grad
+            )
+            for o, part in zip(twins, wide._parameters[name].detach().chunk(len(networks))):
+                o._parameters[name].data = part
         for name, b in m._buffers.items():
-            if b is None: continue
+            if b is None:
+                continue
             parts = [o._buffers[name] for o in twins]
-            if not b.dim() and any(not torch.equal(b, o) for o in parts): raise ValueError(f"{path}.{name} differs between the networks: they were trained for different numbers of steps")
+            if not b.dim() and any(not torch.equal(b, o) for o in parts):
+                raise ValueError(
+                    f"{path}.{name} differs between the networks: they were trained for different numbers of steps"
+                )
             wide._buffers[name] = torch.cat(parts) if b.dim() else b.clone()
-            for o, part in zip(twins, wide._buffers[name].chunk(len(networks)) if b.dim() else [wide._buffers[name]] * len(networks)): o._buffers[name] = part
+            for o, part in zip(
+                twins,
+                wide._buffers[name].chunk(len(networks))
+                if b.dim()
+                else [wide._buffers[name]] * len(networks),
+            ):
+                o._buffers[name] = part
 
 # %% ../nbs/23b_replicas.ipynb #ed998e97
 @torch.no_grad()
 def _part(networks):
     "Give each network memory of its own again"
     for net in networks:
-        for p in net.parameters(): p.data = p.data.clone()
-        for m in net.modules(): m._buffers.update({k: b.clone() for k, b in m._buffers.items() if b is not None})
+        for p in net.parameters():
+            p.data = p.data.clone()
+        for m in net.modules():
+            m._buffers.update({k: b.clone() for k, b in m._buffers.items() if b is not None})
+
 
 @contextmanager
 def joined(
@@ -87,17 +149,24 @@ def joined(
     _alike(networks)
     many = copy.deepcopy(networks[0])
     for name, m in networks[0].named_modules():
-        if type(m) not in WIDER: continue
+        if type(m) not in WIDER:
+            continue
         wide = WIDER[type(m)](m, len(networks)).train(m.training)
-        if name: many.set_submodule(name, wide)
-        else: many = wide
+        if name:
+            many.set_submodule(name, wide)
+        else:
+            many = wide
     try:
         _stack(many, networks)
         yield many
-    finally: _part(networks)
+    finally:
+        _part(networks)
 
 # %% ../nbs/23b_replicas.ipynb #3b53291a
-ROOM = 2**17  # numbers; where no weight and no layer's output of one network is larger, joining pays on a CPU
+ROOM = (
+    2**17
+)  # numbers; where no weight and no layer's output of one network is larger, joining pays on a CPU
+
 
 @torch.no_grad()
 def _trial(networks, xs):
@@ -105,27 +174,44 @@ def _trial(networks, xs):
     sizes = [p.numel() for p in networks[0].parameters()]
     note = lambda m, args, out: sizes.append(out.numel()) if torch.is_tensor(out) else None
     with joined(networks) as many, seeded(0, "trial"):
-        saved = [b.clone() for b in many.buffers()]; modes = [net.training for net in networks]
+        saved = [b.clone() for b in many.buffers()]
+        modes = [net.training for net in networks]
         hooks = [m.register_forward_hook(note) for m in networks[0].modules()]
         try:
             outs = [net.train()(x) for net, x in zip(networks, xs)]
             ours = many.train()(torch.cat(xs, 1)).unflatten(1, (len(xs), -1))
             far = max(((ours[:, k] - o).norm() / o.norm()).item() for k, o in enumerate(outs))
-        except (RuntimeError, AttributeError, TypeError) as e: raise ValueError(f"the joined network does not run ({str(e).splitlines()[0]}): its forward must leave the channels in dimension 1 and treat them alike") from None
+        except (RuntimeError, AttributeError, TypeError) as e:
+            raise ValueError(
+                f"the joined network does not run ({str(e).splitlines()[0]}): its forward must leave the channels in dimension 1 and treat them alike"
+            ) from None
         finally:
-            for b, o in zip(many.buffers(), saved): b.copy_(o)
-            for h in hooks: h.remove()
-            for net, mode in zip(networks, modes): net.train(mode)
-    if not far < .05: raise ValueError(f"the joined network gives other outputs than the single ones (by {far:.0%}): something in it mixes channels or draws random numbers, like softmax or dropout")
+            for b, o in zip(many.buffers(), saved):
+                b.copy_(o)
+            for h in hooks:
+                h.remove()
+            for net, mode in zip(networks, modes):
+                net.train(mode)
+    if not far < 0.05:
+        raise ValueError(
+            f"the joined network gives other outputs than the single ones (by {far:.0%}): something in it mixes channels or draws random numbers, like softmax or dropout"
+        )
     return max(sizes)
 
 # %% ../nbs/23b_replicas.ipynb #1ec7fee3
 def _obstacle(task, networks, recipe):
     "Why these cannot be trained as one, or None"
-    if len(networks) < 2: return "one network has no companions"
-    if task.objective: return f"the task {task.name!r} has an objective of its own, which takes one network at a time"
-    if not isinstance(task.data, Resident): return "batches from loaders cannot be drawn for several seeds in turns; data must be held as tensors (`Resident`)"
-    if recipe.optimizer == "lars": return "LARS takes the norm of whole tensors, and so would mix replicas"
+    if len(networks) < 2:
+        return "one network has no companions"
+    if task.objective:
+        return (
+            f"the task {task.name!r} has an objective of its own, which takes one network at a time"
+        )
+    if not isinstance(task.data, Resident):
+        return "batches from loaders cannot be drawn for several seeds in turns; data must be held as tensors (`Resident`)"
+    if recipe.optimizer == "lars":
+        return "LARS takes the norm of whole tensors, and so would mix replicas"
+
 
 def way(
     task: Task,  # what to train on
@@ -135,16 +221,28 @@ def way(
 ) -> tuple:  # ("joined" or "apart", why)
     "How to train K networks: as one, or one after another"
     lookup(how, dict.fromkeys(("auto", "joined", "apart")), "way")
-    if how == "apart": return how, "asked for"
+    if how == "apart":
+        return how, "asked for"
     device = next(networks[0].parameters()).device
     try:
         why = _obstacle(task, networks, recipe)
-        if why: raise ValueError(why)
-        largest = _trial(networks, [next(task.data.to(device).batches(k, 0, recipe.batch_size))[0] for k in range(len(networks))])
+        if why:
+            raise ValueError(why)
+        largest = _trial(
+            networks,
+            [
+                next(task.data.to(device).batches(k, 0, recipe.batch_size))[0]
+                for k in range(len(networks))
+            ],
+        )
     except ValueError as e:
-        if how == "joined": raise ValueError(f"these networks cannot be joined: {e}. Use how='apart' or 'auto'") from None
+        if how == "joined":
+            raise ValueError(
+                f"these networks cannot be joined: {e}. Use how='apart' or 'auto'"
+            ) from None
         return "apart", str(e)
-    if how == "auto" and device.type == "cpu" and largest > ROOM: return "apart", f"a tensor of {largest:,} numbers fills the cache by itself"
+    if how == "auto" and device.type == "cpu" and largest > ROOM:
+        return "apart", f"a tensor of {largest:,} numbers fills the cache by itself"
     return "joined", f"the largest tensor has {largest:,} numbers"
 
 # %% ../nbs/23b_replicas.ipynb #ee0f99c7
@@ -152,50 +250,76 @@ def _losses(task, outs, targets):
     "[K] losses of outputs [n, K, ...] and K targets"
     return torch.stack([task.loss(outs[:, k], y) for k, y in enumerate(targets)])
 
+
 @torch.no_grad()
 def _clip(params, K, limit):
     "Shrink the gradient of each replica to the norm `limit`, as `clip_grad_norm_` does for one network"
     grads = [p.grad.unflatten(0, (K, -1)) for p in params if p.grad is not None]
     norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
     shrink = (limit / (norm + 1e-6)).clamp(max=1)
-    for g in grads: g.mul_(shrink.view(-1, *[1] * (g.dim() - 1)))
+    for g in grads:
+        g.mul_(shrink.view(-1, *[1] * (g.dim() - 1)))
+
 
 def _step(task, many, batches, opt, masked, recipe):
     "One optimizer step of all replicas; [K] losses, detached"
     xs, ys = zip(*batches)
     opt.zero_grad(set_to_none=True)
-    with torch.autocast(xs[0].device.type, torch.bfloat16, enabled=recipe.precision == "bf16"): losses = _losses(task, many(torch.cat(xs, 1)).unflatten(1, (len(xs), -1)), ys)
+    with torch.autocast(xs[0].device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        losses = _losses(task, many(torch.cat(xs, 1)).unflatten(1, (len(xs), -1)), ys)
     losses.sum().backward()
-    if masked: masked.grads()
-    if recipe.clip: _clip(list(many.parameters()), len(xs), recipe.clip)
+    if masked:
+        masked.grads()
+    if recipe.clip:
+        _clip(list(many.parameters()), len(xs), recipe.clip)
     opt.step()
-    if masked: masked.weights()
+    if masked:
+        masked.weights()
     return losses.detach()
 
 # %% ../nbs/23b_replicas.ipynb #74684c5d
 def _drawn(task, seed, recipe, epoch, first, stop):
     "Batches `first` to `stop` of an epoch as a run with this seed alone draws them; leaves the global generators anywhere"
-    with seeded(seed, "train", epoch): state = random.getstate(), np.random.get_state()
+    with seeded(seed, "train", epoch):
+        state = random.getstate(), np.random.get_state()
     batches = task.data.batches(seed, epoch, recipe.batch_size)
     for step in range(first, stop):
-        random.setstate(state[0]); np.random.set_state(state[1]); torch.manual_seed(stream(seed, "draw", step))
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.manual_seed(stream(seed, "draw", step))
         batch = next(batches)
         state = random.getstate(), np.random.get_state()
         yield batch
+
 
 def _epoch(task, many, opt, recipe, seeds, masked, epoch, start, stop, rate):
     "Steps `start` to `stop` of one epoch; the K mean losses"
     steps, losses, backends = task.data.steps(recipe.batch_size), [], torch.backends.cudnn
     first, stop = epoch * steps, min(stop, (epoch + 1) * steps)
-    with seeded(0, "replicas"), backends.flags(enabled=backends.enabled, benchmark=False, deterministic=True, allow_tf32=backends.allow_tf32):
-        for step, batches in zip(range(first, stop), zip(*(_drawn(task, s, recipe, epoch, first, stop) for s in seeds))):
-            if step < start: continue
-            for group in opt.param_groups: group["lr"] = rate(step)
+    with (
+        seeded(0, "replicas"),
+        backends.flags(
+            enabled=backends.enabled,
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=backends.allow_tf32,
+        ),
+    ):
+        for step, batches in zip(
+            range(first, stop), zip(*(_drawn(task, s, recipe, epoch, first, stop) for s in seeds))
+        ):
+            if step < start:
+                continue
+            for group in opt.param_groups:
+                group["lr"] = rate(step)
             losses.append(_step(task, many, batches, opt, masked, recipe))
     losses = torch.stack(losses).float().cpu()
     for row, step in zip(losses, range(max(start, first), stop)):
         for loss, seed in zip(row.tolist(), seeds):
-            if not math.isfinite(loss): raise Diverged(f"the loss of {task.name!r} with seed {seed} was {loss} at step {step} (epoch {epoch}), learning rate {rate(step):.3g}: lower it, or set clip=1.0")
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the loss of {task.name!r} with seed {seed} was {loss} at step {step} (epoch {epoch}), learning rate {rate(step):.3g}: lower it, or set clip=1.0"
+                )
     return losses.mean(0).tolist()
 
 # %% ../nbs/23b_replicas.ipynb #cbbe5e94
@@ -209,21 +333,43 @@ def refine_many(
     stop: int | None = None,  # step before which to stop, by default the recipe's last
     rate: Callable | None = None,  # step -> learning rate, instead of the recipe's
     how: str = "auto",  # as `way` takes it
-    report: Callable | None = None,  # called with the step after each epoch (of each network, where they are trained apart)
+    report: Callable  # called with the step after each epoch (of each network, where they are trained apart)
+    | None = None,  # called with the step after each epoch (of each network, where they are trained apart)
 ) -> list:  # K mean training losses of the last epoch, nan if there was no step to do
     "Train K networks, each as a run with its seed would; the dead stay exactly zero"
-    if len(networks) != len(seeds) or (masks and len(masks) != len(seeds)): raise ValueError(f"{len(networks)} networks, {len(seeds)} seeds{f', {len(masks)} masks' if masks else ''}: give one of each for every replica")
+    if len(networks) != len(seeds) or (masks and len(masks) != len(seeds)):
+        raise ValueError(
+            f"{len(networks)} networks, {len(seeds)} seeds{f', {len(masks)} masks' if masks else ''}: give one of each for every replica"
+        )
     report, tell = report or (lambda step: None), lambda step, *a: report(step)
     bound = lambda net, masks: Masked(dict(net.named_parameters()), masks) if masks else None
     if way(task, networks, recipe, how)[0] == "apart":
-        return [refine(task, net, recipe, s, bound(net, m), start, stop, rate, after_epoch=tell) for net, s, m in zip(networks, seeds, masks or [None] * len(seeds))]
+        return [
+            refine(task, net, recipe, s, bound(net, m), start, stop, rate, after_epoch=tell)
+            for net, s, m in zip(networks, seeds, masks or [None] * len(seeds))
+        ]
     steps, losses = task.data.steps(recipe.batch_size), [float("nan")] * len(seeds)
     stop = recipe.epochs * steps if stop is None else stop
     with joined([net.train() for net in networks]) as many:
-        opt, masked = optimizer(many, recipe), bound(many, masks and {k: torch.cat([m[k] for m in masks]) for k in masks[0]})
-        if masked: masked.weights()
+        opt, masked = (
+            optimizer(many, recipe),
+            bound(many, masks and {k: torch.cat([m[k] for m in masks]) for k in masks[0]}),
+        )
+        if masked:
+            masked.weights()
         for epoch in range(start // steps, math.ceil(stop / steps) if start < stop else 0):
-            losses = _epoch(task, many, opt, recipe, seeds, masked, epoch, start, stop, rate or (lambda step: recipe.rate(step, steps)))
+            losses = _epoch(
+                task,
+                many,
+                opt,
+                recipe,
+                seeds,
+                masked,
+                epoch,
+                start,
+                stop,
+                rate or (lambda step: recipe.rate(step, steps)),
+            )
             report(min((epoch + 1) * steps, stop))
     return losses
 
@@ -232,33 +378,89 @@ def _begin(runs, how):
     "The weights each run rewinds to; those after k steps are trained together"
     for run in runs:
         run.k, k, run.folder, folder = 0, run.k, None, run.folder
-        run.begin(); run.k, run.folder = k, folder
+        run.begin()
+        run.k, run.folder = k, folder
     if runs and runs[0].k:
-        refine_many(runs[0].task, [r.network for r in runs], [r.seed for r in runs], runs[0].recipe, stop=runs[0].k, how=how)
-        for run in runs: run.snapshot = Snapshot(run.network.state_dict())
-    for run in runs: run.save()
+        refine_many(
+            runs[0].task,
+            [r.network for r in runs],
+            [r.seed for r in runs],
+            runs[0].recipe,
+            stop=runs[0].k,
+            how=how,
+        )
+        for run in runs:
+            run.snapshot = Snapshot(run.network.state_dict())
+    for run in runs:
+        run.save()
+
 
 def _round(runs, n, how):
     "Rewind, refine and measure round n of all runs"
-    one = runs[0]; report = lambda step: one.report(n, step, one.end)
-    for run in runs: run.rewind(n)
-    if one.control.train == "never" or (one.control.train == "once" and n): losses = [float("nan")] * len(runs)
-    else: losses = refine_many(one.task, [r.network for r in runs], [r.seed for r in runs], one.recipe, [r.history.mask(n) for r in runs], one.k, one.end, one.rate(n), how, report)
-    for run, loss in zip(runs, losses): run.rounds.append(run.measure(n, loss))
+    one = runs[0]
+    report = lambda step: one.report(n, step, one.end)
+    for run in runs:
+        run.rewind(n)
+    if one.control.train == "never" or (one.control.train == "once" and n):
+        losses = [float("nan")] * len(runs)
+    else:
+        losses = refine_many(
+            one.task,
+            [r.network for r in runs],
+            [r.seed for r in runs],
+            one.recipe,
+            [r.history.mask(n) for r in runs],
+            one.k,
+            one.end,
+            one.rate(n),
+            how,
+            report,
+        )
+    for run, loss in zip(runs, losses):
+        run.rounds.append(run.measure(n, loss))
 
 # %% ../nbs/23b_replicas.ipynb #eaf69096
 def _together(task, networks, seeds, tickets, folders, **kwargs):
     "A run of `imp` for each replica; refuse what replicas cannot do"
-    K = len(seeds); tickets, folders = tickets or [None] * K, [Path(f) for f in folders] if folders else [None] * K
-    if world().size > 1: raise ValueError(f"{world().size} ranks share this run, and replicas are trained by one process: give each rank seeds of its own without a launcher, or use `imp`")
-    if not K: raise ValueError("no seeds were given: imp_many needs one network and one seed per replica")
+    K = len(seeds)
+    tickets, folders = tickets or [None] * K, [Path(f) for f in folders] if folders else [None] * K
+    if world().size > 1:
+        raise ValueError(
+            f"{world().size} ranks share this run, and replicas are trained by one process: give each rank seeds of its own without a launcher, or use `imp`"
+        )
+    if not K:
+        raise ValueError("no seeds were given: imp_many needs one network and one seed per replica")
     for name, given in dict(networks=networks, tickets=tickets, folders=folders).items():
-        if len(given) != K: raise ValueError(f"{len(given)} {name} for {K} seeds: give one for each replica")
-    for name, given in dict(seeds=seeds, folders=[f for f in folders if f], networks=[id(n) for n in networks]).items():
-        if len(set(given)) < len(given): raise ValueError(f"two replicas have the same {name[:-1]}: they would be one run, counted twice")
-    runs = [_prepare(task=task, network=net, seed=s, ticket=t, folder=f, every=float("inf"), world=World(), **kwargs) for net, s, t, f in zip(networks, seeds, tickets, folders)]
-    if "optimizer" not in runs[0].policy.resets: raise ValueError("a rewind policy that lets the optimizer go on needs runs one by one: use `imp` for each seed")
-    if folders[0] and runs[0].carries: raise ValueError("with this rewind policy or control a round needs the weights of an earlier one, and folders of replicas hold tickets only: leave `folders` out, or use `imp` for each seed")
+        if len(given) != K:
+            raise ValueError(f"{len(given)} {name} for {K} seeds: give one for each replica")
+    for name, given in dict(
+        seeds=seeds, folders=[f for f in folders if f], networks=[id(n) for n in networks]
+    ).items():
+        if len(set(given)) < len(given):
+            raise ValueError(
+                f"two replicas have the same {name[:-1]}: they would be one run, counted twice"
+            )
+    runs = [
+        _prepare(
+            task=task,
+            network=net,
+            seed=s,
+            ticket=t,
+            folder=f,
+            every=float("inf"),
+            world=World(),
+            **kwargs,
+        )
+        for net, s, t, f in zip(networks, seeds, tickets, folders)
+    ]
+    if "optimizer" not in runs[0].policy.resets:
+        raise ValueError(
+            "a rewind policy that lets the optimizer go on needs runs one by one: use `imp` for each seed"
+        )
+    if folders[0] and runs[0].carries:
+        raise ValueError(
+            "with this rewind policy or control a round needs the weights of an earlier one, and folders of replicas hold tickets only: leave `folders` out, or use `imp` for each seed"
+        )
     return runs
 
 # %% ../nbs/23b_replicas.ipynb #be522f41
@@ -267,34 +469,65 @@ def imp_many(
     networks: list,  # K networks of one architecture at their initial weights, trained in place
     seeds: list,  # K seeds: data order, augmentation, random masks
     rounds: int = 12,  # prunings; rounds + 1 lists are yielded
-    prune: float | Schedule = .2,  # share of the surviving weights removed per round, or a schedule
+    prune: float  # share of the surviving weights removed per round, or a schedule
+    | Schedule = 0.2,  # share of the surviving weights removed per round, or a schedule
     rewind: str | Policy = "init",  # a name in `POLICIES`, or "500it", "2ep"
     recipe: Recipe = Recipe(),  # how to train
     control: str = "imp",  # a name in `CONTROLS`
     preset="backbone",  # which tensors are pruned
     scope: str = "global",  # rank weights over the whole network, or each "layer" by itself
     tickets: list | None = None,  # K tickets whose masks to follow, for the controls that do
-    min_density: float | None = None,  # stop after the first round in which all are at or below this density
+    min_density: float  # stop after the first round in which all are at or below this density
+    | None = None,  # stop after the first round in which all are at or below this density
     device: str = "auto",  # where to train
-    folders: list | None = None,  # K folders for tickets; runs found there are taken up at their last whole round
+    folders: list  # K folders for tickets; runs found there are taken up at their last whole round
+    | None = None,  # K folders for tickets; runs found there are taken up at their last whole round
     how: str = "auto",  # as `way` takes it
     report: Callable | None = None,  # called after each epoch with (round, step, last step)
 ) -> Iterator[list[Round]]:  # per round a list of K rounds
     "Iterate rewind, refine, coarse-grain for K seeds, and yield per round what each replica measured"
     schedule = prune if isinstance(prune, Schedule) else Schedule(prune)
-    runs = _together(task, networks, seeds, tickets, folders, recipe=recipe, schedule=schedule, scope=scope, rewind=rewind, control=control, preset=preset, rounds=rounds, device=device, report=report)
-    for run in runs: run.about |= dict(min_density=min_density, min_accuracy=None)
-    last = lambda n: n >= rounds or (min_density is not None and all(r.rounds[n].density <= min_density for r in runs))
+    runs = _together(
+        task,
+        networks,
+        seeds,
+        tickets,
+        folders,
+        recipe=recipe,
+        schedule=schedule,
+        scope=scope,
+        rewind=rewind,
+        control=control,
+        preset=preset,
+        rounds=rounds,
+        device=device,
+        report=report,
+    )
+    for run in runs:
+        run.about |= dict(min_density=min_density, min_accuracy=None)
+    last = lambda n: (
+        n >= rounds
+        or (min_density is not None and all(r.rounds[n].density <= min_density for r in runs))
+    )
     with ExitStack() as locks:
-        for run in runs: locks.enter_context(alone(run.folder))
+        for run in runs:
+            locks.enter_context(alone(run.folder))
         _begin([run for run in runs if not (run.folder and run.resume(lambda r: False))], how)
         for n in range(rounds + 1):
-            todo = [run for run in runs if len(run.rounds) == n]  # all, but for runs that were killed between two tickets
-            if todo: _round(todo, n, how)
+            todo = [
+                run for run in runs if len(run.rounds) == n
+            ]  # all, but for runs that were killed between two tickets
+            if todo:
+                _round(todo, n, how)
             for run in todo:
-                if not last(n): run.coarse_grain(n)
+                if not last(n):
+                    run.coarse_grain(n)
                 run.save()
             yield [run.rounds[n] for run in runs]
-            if last(n): break
+            if last(n):
+                break
         for run in runs:
-            if run.folder: (run.folder / "state.safetensors").unlink(missing_ok=True)  # of a run `imp` had begun
+            if run.folder:
+                (run.folder / "state.safetensors").unlink(
+                    missing_ok=True
+                )  # of a run `imp` had begun

@@ -23,43 +23,70 @@ from .prediction import fit, held_out_auc, pairs, rank
 from .runs import collect
 from .tickets import Ticket
 from .transfer import gaps
-from .universality import SIMILARITIES, Classes, classes, distances, in_words, plot_classes, similarity, vectors
+from rg_tickets.universality import (
+    SIMILARITIES,
+    Classes,
+    classes,
+    distances,
+    in_words,
+    plot_classes,
+    similarity,
+    vectors,
+)
 
 # %% ../nbs/40e_reports.ipynb #97ff3035
 _NEEDED = [*LABELS, "seed", "n", "t", "density", "metric", "loss", "tensor", "count", "alive", "l1"]
+
 
 def _of_table(path):
     "The flow in a CSV file"
     try:
         lost = [c for c in _NEEDED if c not in pd.read_csv(path, nrows=0).columns]
-        if lost: raise ValueError(f"it has no column {', '.join(lost)}")
+        if lost:
+            raise ValueError(f"it has no column {', '.join(lost)}")
         return Flow.read(path)
-    except ValueError as e: raise ValueError(f"{path} is no table of flows: {e}. `rg-tickets flow RUN -o FILE` writes one") from None
+    except ValueError as e:
+        raise ValueError(
+            f"{path} is no table of flows: {e}. `rg-tickets flow RUN -o FILE` writes one"
+        ) from None
+
 
 def _of_ticket(path):
     "The flow of a ticket's rounds"
     flow = flow_of(Ticket.load(path))
-    if flow is None: raise ValueError(f"{path} holds no measurements of its tensors, so it has no flow: tickets of `imp` do, and those of an archive")
+    if flow is None:
+        raise ValueError(
+            f"{path} holds no measurements of its tensors, so it has no flow: tickets of `imp` do, and those of an archive"
+        )
     return flow
+
 
 def own(
     path,  # a file or a folder
 ):  # a function of no arguments that reads its Flow, or None if it is not of our making
     "How to read a path that this package wrote: a table, a ticket, a run or a study"
     path = Path(path)
-    if path.suffix == ".csv": return lambda: _of_table(path)
-    if path.suffix == ".safetensors": return lambda: _of_ticket(path)
-    if (path / "flow.csv").is_file(): return lambda: _of_table(path / "flow.csv")
-    if (path / "ticket.safetensors").is_file(): return lambda: _of_ticket(path / "ticket.safetensors")
-    if any(path.glob("*/flow.csv")): return lambda: collect(path)
+    if path.suffix == ".csv":
+        return lambda: _of_table(path)
+    if path.suffix == ".safetensors":
+        return lambda: _of_ticket(path)
+    if (path / "flow.csv").is_file():
+        return lambda: _of_table(path / "flow.csv")
+    if (path / "ticket.safetensors").is_file():
+        return lambda: _of_ticket(path / "ticket.safetensors")
+    if any(path.glob("*/flow.csv")):
+        return lambda: collect(path)
     found = sorted(path.glob("*/ticket.safetensors"))
     return (lambda: Flow.join(*map(_of_ticket, found))) if found else None
 
 # %% ../nbs/40e_reports.ipynb #13af4fdf
 def _archive(path, kind, after):
     "The run of another program; what is said of a folder that holds none is one line"
-    try: return read_run(path, kind, after)
-    except ArchiveError as e: raise ArchiveError(str(e).replace(":\n  ", ": ").replace("\n  ", "; ")) from None
+    try:
+        return read_run(path, kind, after)
+    except ArchiveError as e:
+        raise ArchiveError(str(e).replace(":\n  ", ": ").replace("\n  ", "; ")) from None
+
 
 def flow_at(
     path,  # a run, a study, a table, a ticket, or the folder of another program's run
@@ -69,12 +96,20 @@ def flow_at(
     **labels,  # task, model, control: to say them, or to say them otherwise; None: as the files tell
 ) -> Flow:
     "The flow of whatever lies at a path"
-    path = Path(path).expanduser(); read = own(path) if kind == "auto" and not after else None
-    if read is None or not path.exists(): flow = _archive(path, kind, after).flow(); flow.frame["task"] = flow.frame.task.where(flow.frame.task != "", path.resolve().name)
-    else: flow = read()
-    for k in labels: lookup(k, dict.fromkeys(LABELS), "label")
+    path = Path(path).expanduser()
+    read = own(path) if kind == "auto" and not after else None
+    if read is None or not path.exists():
+        flow = _archive(path, kind, after).flow()
+        flow.frame["task"] = flow.frame.task.where(flow.frame.task != "", path.resolve().name)
+    else:
+        flow = read()
+    for k in labels:
+        lookup(k, dict.fromkeys(LABELS), "label")
     frame = flow.frame.assign(**{k: v for k, v in labels.items() if v is not None})
-    if seed is not None and frame.seed.nunique() > 1: raise ValueError(f"{path} holds the seeds {', '.join(map(str, sorted(frame.seed.unique())))}: a seed can be given to a single run only")
+    if seed is not None and frame.seed.nunique() > 1:
+        raise ValueError(
+            f"{path} holds the seeds {', '.join(map(str, sorted(frame.seed.unique())))}: a seed can be given to a single run only"
+        )
     return Flow(frame if seed is None else frame.assign(seed=seed))
 
 # %% ../nbs/40e_reports.ipynb #4f9854f6
@@ -83,36 +118,50 @@ def _named_path(run):
     name, eq, path = str(run).partition("=")
     return (name, path) if eq and name and not Path(run).exists() else (None, str(run))
 
+
 def _numbered(flow, before):
     "A single run of unknown seed with the first number that no run of its labels has; a run that is there already is an error"
-    labels = dict(zip(LABELS, flow.frame[LABELS].iloc[0])); taken = {}
+    labels = dict(zip(LABELS, flow.frame[LABELS].iloc[0]))
+    taken = {}
     for f in before:
         same = f.frame[(f.frame[LABELS] == pd.Series(labels)).all(axis=1)]
         taken |= {s: g.l1.to_numpy() for s, g in same.groupby("seed")}
-    if any(np.array_equal(o, flow.frame.l1.to_numpy()) for o in taken.values()): raise ValueError(f"a run of {labels['task']!r} was given twice, and is no repetition of itself")
+    if any(np.array_equal(o, flow.frame.l1.to_numpy()) for o in taken.values()):
+        raise ValueError(
+            f"a run of {labels['task']!r} was given twice, and is no repetition of itself"
+        )
     return Flow(flow.frame.assign(seed=next(s for s in range(len(taken) + 1) if s not in taken)))
+
 
 def together(
     runs: list,  # paths, or "NAME=PATH"
-    kind: str = "auto", after: bool = False,  # as in `flow_at`
+    kind: str = "auto",  # as in `flow_at`
+    after: bool = False,  # as in `flow_at`
 ) -> Flow:  # of all
     "The flows of several paths as one"
     parts = []
     for run in runs:
-        name, path = _named_path(run); flow = flow_at(path, kind, after, task=name)
+        name, path = _named_path(run)
+        flow = flow_at(path, kind, after, task=name)
         parts.append(flow if own(path) and kind == "auto" and not after else _numbered(flow, parts))
-    if not parts: raise ValueError("no run was given")
+    if not parts:
+        raise ValueError("no run was given")
     return Flow.join(*parts)
 
 # %% ../nbs/40e_reports.ipynb #31b8f5eb
 def _heading(flow):
     "What a flow holds, in one line"
-    f = flow.frame; systems, runs = f[LABELS].drop_duplicates(), f.drop_duplicates([*LABELS, "seed"])
+    f = flow.frame
+    systems, runs = f[LABELS].drop_duplicates(), f.drop_duplicates([*LABELS, "seed"])
     return f"{len(runs)} run{'s' * (len(runs) > 1)} of {len(systems)} system{'s' * (len(systems) > 1)}, rounds {f.n.min()} to {f.n.max()}, density {f.density.max():.3f} to {f.density.min():.3f}"
+
 
 def _shown(table):
     "Columns that are the same everywhere and say nothing are left out"
-    return table.drop(columns=[c for c in LABELS if c in table and table[c].nunique() == 1 and len(table) > 0])
+    return table.drop(
+        columns=[c for c in LABELS if c in table and table[c].nunique() == 1 and len(table) > 0]
+    )
+
 
 def flow_report(
     flow: Flow,  # any number of runs
@@ -120,27 +169,49 @@ def flow_report(
     window: str = "all",  # rounds of the fit: "all" or "matching"
 ) -> tuple:  # (table of exponents, lines of text)
     "The exponents of a flow"
-    table = exponents(flow, by=by, window=window); one = table[table.error == "fit"]
-    lines = [_heading(flow), _shown(table.drop(columns="rms")).to_string(index=False, float_format="{:.3f}".format)]
-    if len(one): lines.append("error = fit: one seed, so errors are those of the lines and know nothing of other seeds.")
-    if "untrained" not in set(flow.frame.control): lines.append("No untrained null is among these runs; a network that was never trained has exponents too.")
+    table = exponents(flow, by=by, window=window)
+    one = table[table.error == "fit"]
+    lines = [
+        _heading(flow),
+        _shown(table.drop(columns="rms")).to_string(index=False, float_format="{:.3f}".format),
+    ]
+    if len(one):
+        lines.append(
+            "error = fit: one seed, so errors are those of the lines and know nothing of other seeds."
+        )
+    if "untrained" not in set(flow.frame.control):
+        lines.append(
+            "No untrained null is among these runs; a network that was never trained has exponents too."
+        )
     return table, lines
 
 # %% ../nbs/40e_reports.ipynb #2d1c7795
 def draw_flow(
     flow: Flow,  # any number of runs
-    by: str = "block", window: str = "all",  # as in `flow_report`
+    by: str = "block",  # as in `flow_report`
+    window: str = "all",  # as in `flow_report`
     most: int = 8,  # systems that are drawn
 ) -> Figure:  # a row per task and model
     "Shares against RG time and exponents, with the untrained null where there is one"
     systems = flow.frame[["task", "model"]].drop_duplicates().values.tolist()[:most]
     figure = Figure(figsize=(10, 3.2 * len(systems)), layout="constrained")
     for (task, model), axes in zip(systems, figure.subplots(len(systems), 2, squeeze=False)):
-        part = flow.where(task=task, model=model); there = list(dict.fromkeys(part.frame.control)); main = "imp" if "imp" in there else there[0]
-        table = exponents(part, by=by, window=window); null = table[table.control == "untrained"] if "untrained" in there and main != "untrained" else None
-        plot_flow(part.where(control=main), by=by, ax=axes[0]).set_title(f"{task} · {model} · {main}: shares".replace("$", r"\$"), fontsize=10)
+        part = flow.where(task=task, model=model)
+        there = list(dict.fromkeys(part.frame.control))
+        main = "imp" if "imp" in there else there[0]
+        table = exponents(part, by=by, window=window)
+        null = (
+            table[table.control == "untrained"]
+            if "untrained" in there and main != "untrained"
+            else None
+        )
+        plot_flow(part.where(control=main), by=by, ax=axes[0]).set_title(
+            f"{task} · {model} · {main}: shares".replace("$", r"\$"), fontsize=10
+        )
         seeds = part.where(control=main).frame.seed.nunique()
-        plot_exponents(table[table.control == main], null, axes[1]).set_title(f"and their exponents, over {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+        plot_exponents(table[table.control == main], null, axes[1]).set_title(
+            f"and their exponents, over {seeds} seed{'s' * (seeds > 1)}", fontsize=10
+        )
     return figure
 
 # %% ../nbs/40e_reports.ipynb #5be7b8c8
@@ -149,71 +220,153 @@ def save_figure(
     path,  # its ending says the format: .png, .pdf, .svg
 ) -> Path:
     "Write a figure, whole or not at all"
-    path = Path(path); known = figure.canvas.get_supported_filetypes()
+    path = Path(path)
+    known = figure.canvas.get_supported_filetypes()
     ending = path.suffix.lstrip(".").lower()
-    if ending not in known: raise ValueError(f"{path}: a figure is written as .png, .pdf or .svg, not as {path.suffix or 'a file without an ending'!r}")
-    with replacing(path) as tmp: figure.savefig(tmp, format=ending, dpi=150)
+    if ending not in known:
+        raise ValueError(
+            f"{path}: a figure is written as .png, .pdf or .svg, not as {path.suffix or 'a file without an ending'!r}"
+        )
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format=ending, dpi=150)
     return path
 
 # %% ../nbs/40e_reports.ipynb #1f3ec87f
 def audited(
     path,  # folder of another program's run
-    kind: str = "auto", after: bool = False,  # as in `flow_at`
+    kind: str = "auto",  # as in `flow_at`
+    after: bool = False,  # as in `flow_at`
     initial=None,  # file of the weights before training; None: those in the archive, if there are
-    rate: float | None = None,  # share removed per round that the run claims; None: a guess from its first pruning
+    rate: float  # share removed per round that the run claims; None: a guess from its first pruning
+    | None = None,  # share removed per round that the run claims; None: a guess from its first pruning
     rule: str = "geometric",  # "geometric": of the survivors; "arithmetic": of all
 ) -> pd.DataFrame:  # as `audit` gives it
     "Whether the masks of a run are nested, counted, in force, and ranked as they are said to be"
     if kind == "auto" and own(path):
-        raise ValueError(f"{path} is of our own making and cannot be audited: the trained weights of each round, by which masks are ranked, are not kept. "
-                         "Its masks are nested by construction; `rg-tickets flow` shows their counts")
-    if rate is None and rule != "geometric": raise ValueError(f"rule={rule!r} says nothing without a rate: give both")
+        raise ValueError(
+            f"{path} is of our own making and cannot be audited: the trained weights of each round, by which masks are ranked, are not kept. "
+            "Its masks are nested by construction; `rg-tickets flow` shows their counts"
+        )
+    if rate is None and rule != "geometric":
+        raise ValueError(f"rule={rule!r} says nothing without a rate: give both")
     run = _archive(path, kind, after)
-    return audit(run, read_weights(initial) if initial else None, Schedule(rate, rule) if rate is not None else None)
+    return audit(
+        run,
+        read_weights(initial) if initial else None,
+        Schedule(rate, rule) if rate is not None else None,
+    )
+
 
 def audit_report(
-    path, kind="auto", after=False, initial=None, rate=None, rule="geometric",  # as in `audited`
+    path,  # as in `audited`
+    kind="auto",  # as in `audited`
+    after=False,  # as in `audited`
+    initial=None,  # as in `audited`
+    rate=None,  # as in `audited`
+    rule="geometric",  # as in `audited`
 ) -> tuple:  # (table, lines of text, what was found against the run: a list)
     "The audit of a run, with what was found in words"
-    table = audited(path, kind, after, initial, rate, rule); wrong = findings(table)
-    shown = table[["n", "density", "removed", "trained", "initial", "chance", "verdict"]].to_string(index=False, na_rep="-", float_format="{:.3f}".format)
-    lines = [shown, f"schedule: {table.attrs['schedule']}" + ("" if rate else ", guessed from the first pruning")]
-    if table.initial.isna().all(): lines.append("The weights before training are not known, so a one-shot look-alike could not be seen: give them with --initial FILE.")
-    return table, lines + (["", "Found:", *(f"  {o}" for o in wrong)] if wrong else ["Nothing was found against this run."]), wrong
+    table = audited(path, kind, after, initial, rate, rule)
+    wrong = findings(table)
+    shown = table[["n", "density", "removed", "trained", "initial", "chance", "verdict"]].to_string(
+        index=False, na_rep="-", float_format="{:.3f}".format
+    )
+    lines = [
+        shown,
+        f"schedule: {table.attrs['schedule']}"
+        + ("" if rate else ", guessed from the first pruning"),
+    ]
+    if table.initial.isna().all():
+        lines.append(
+            "The weights before training are not known, so a one-shot look-alike could not be seen: give them with --initial FILE."
+        )
+    return (
+        table,
+        lines
+        + (
+            ["", "Found:", *(f"  {o}" for o in wrong)]
+            if wrong
+            else ["Nothing was found against this run."]
+        ),
+        wrong,
+    )
+
 
 def draw_audit(
     table: pd.DataFrame,  # from `audited`
 ) -> Figure:
     "Share of the removed weights that each ranking explains, against the round"
-    figure = Figure(figsize=(5, 3.2), layout="constrained"); ax = figure.subplots(); t = table.iloc[1:]
-    looks = dict(trained=("o-", SERIES[0]), initial=("s-", SERIES[1]), chance=("--", PALETTE["marginal"]))
-    for k, (style, colour) in looks.items(): ax.plot(t.n, t[k], style, color=colour, label=k, ms=4)
-    ax.set(xlabel="round $n$", ylabel="overlap with the removed", ylim=(0, 1.05), title="Which ranking explains what was removed"); legend(bare(ax))
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    ax = figure.subplots()
+    t = table.iloc[1:]
+    looks = dict(
+        trained=("o-", SERIES[0]), initial=("s-", SERIES[1]), chance=("--", PALETTE["marginal"])
+    )
+    for k, (style, colour) in looks.items():
+        ax.plot(t.n, t[k], style, color=colour, label=k, ms=4)
+    ax.set(
+        xlabel="round $n$",
+        ylabel="overlap with the removed",
+        ylim=(0, 1.05),
+        title="Which ranking explains what was removed",
+    )
+    legend(bare(ax))
     return figure
 
 # %% ../nbs/40e_reports.ipynb #162ddfe8
-def _repeated(v): return v.groupby("system").size().max() > 1
+def _repeated(v):
+    return v.groupby("system").size().max() > 1
+
 
 def _plain(v):
     "Similarities of all pairs without errors"
-    runs = {k: g.values.mean(0) for k, g in v.groupby("system", sort=False)}; names = list(runs)
-    return pd.DataFrame([dict(a=a, b=b, kind=kind, value=f(runs[a], runs[b])) for i, a in enumerate(names) for b in names[i + 1:] for kind, (f, _) in SIMILARITIES.items()])
+    runs = {k: g.values.mean(0) for k, g in v.groupby("system", sort=False)}
+    names = list(runs)
+    return pd.DataFrame(
+        [
+            dict(a=a, b=b, kind=kind, value=f(runs[a], runs[b]))
+            for i, a in enumerate(names)
+            for b in names[i + 1 :]
+            for kind, (f, _) in SIMILARITIES.items()
+        ]
+    )
+
 
 def compare_report(
     flow: Flow,  # runs of two systems or more
     against: str | None = None,  # control to take away first, e.g. "untrained" or "oneshot"
     control: str = "imp",  # which runs are compared
-    by: str = "block", window: str = "all",  # grouping; rounds: "all" or "shared"
+    by: str = "block",  # grouping; rounds: "all" or "shared"
+    window: str = "all",  # grouping; rounds: "all" or "shared"
 ) -> tuple:  # (table as `similarity` gives it, lines of text, Classes or None)
     "How alike the flows of several systems are, and which cannot be told apart"
-    v = vectors(flow, against, control, by=by, window=window); systems = v.index.get_level_values("system").unique()
-    if len(systems) < 2: raise ValueError(f"there is one system, {systems[0]!r}, and nothing to compare it with; NAME=PATH gives runs a name of their own")
-    many = _repeated(v); table = similarity(v) if many else _plain(v); found = classes(v) if many else None
+    v = vectors(flow, against, control, by=by, window=window)
+    systems = v.index.get_level_values("system").unique()
+    if len(systems) < 2:
+        raise ValueError(
+            f"there is one system, {systems[0]!r}, and nothing to compare it with; NAME=PATH gives runs a name of their own"
+        )
+    many = _repeated(v)
+    table = similarity(v) if many else _plain(v)
+    found = classes(v) if many else None
     wide = table.pivot_table(index=["a", "b"], columns="kind", values="value", sort=False)
-    if many: wide["p"] = table.dropna(subset="p").set_index(["a", "b"]).p_family
-    lines = [_heading(flow.where(control=control)), wide.reset_index().to_string(index=False, float_format="{:.3f}".format, formatters=dict(p="{:.1g}".format))]
-    if many: lines.append("errors: distance in standard errors over seeds; p: chance of so large a one among all pairs, were all one flow.\n\n" + in_words(found))
-    else: lines.append("One run of each: no errors over seeds, so nothing says whether these differences mean anything.")
+    if many:
+        wide["p"] = table.dropna(subset="p").set_index(["a", "b"]).p_family
+    lines = [
+        _heading(flow.where(control=control)),
+        wide.reset_index().to_string(
+            index=False, float_format="{:.3f}".format, formatters=dict(p="{:.1g}".format)
+        ),
+    ]
+    if many:
+        lines.append(
+            "errors: distance in standard errors over seeds; p: chance of so large a one among all pairs, were all one flow.\n\n"
+            + in_words(found)
+        )
+    else:
+        lines.append(
+            "One run of each: no errors over seeds, so nothing says whether these differences mean anything."
+        )
     return table, lines, found
 
 # %% ../nbs/40e_reports.ipynb #ede094c9
@@ -221,8 +374,11 @@ def draw_classes(
     found: Classes | None,  # from `compare_report`
 ) -> Figure:
     "Tree and distances of systems; a ValueError where one run of each leaves no scale"
-    if found is None: raise ValueError("a figure of classes needs distances in standard errors, and there is one run of each system: give more seeds")
-    figure = Figure(figsize=(8, 1 + .38 * len(found.label)), layout="constrained")
+    if found is None:
+        raise ValueError(
+            "a figure of classes needs distances in standard errors, and there is one run of each system: give more seeds"
+        )
+    figure = Figure(figsize=(8, 1 + 0.38 * len(found.label)), layout="constrained")
     plot_classes(found, figure.subplots(1, 2, width_ratios=(1, 1.4)))
     return figure
 
@@ -231,72 +387,144 @@ def gaps_at(
     path,  # CSV of transfers, a row per record of `transfer.transfer`; or of gaps, as `transfer.gaps` gives them
 ) -> pd.DataFrame:  # source, target, gap, transferable
     "Gaps of transferred tickets, of the last round and the source's weights if there are several"
-    frame = pd.read_csv(path, keep_default_na=False, na_values={"metric": [""], "gap": [""], "transferable": ["", "<NA>"]})
-    if not {"source", "target"} <= set(frame) or not {"gap", "metric"} & set(frame): raise ValueError(f"{path} is no table of transfers: it needs the columns source, target, and metric or gap")
-    if "gap" not in frame: frame = gaps(frame)
-    if "transferable" not in frame: raise ValueError(f"{path} has gaps and no column transferable, which says whether each is within the scatter of the target's own ticket")
+    frame = pd.read_csv(
+        path,
+        keep_default_na=False,
+        na_values={"metric": [""], "gap": [""], "transferable": ["", "<NA>"]},
+    )
+    if not {"source", "target"} <= set(frame) or not {"gap", "metric"} & set(frame):
+        raise ValueError(
+            f"{path} is no table of transfers: it needs the columns source, target, and metric or gap"
+        )
+    if "gap" not in frame:
+        frame = gaps(frame)
+    if "transferable" not in frame:
+        raise ValueError(
+            f"{path} has gaps and no column transferable, which says whether each is within the scatter of the target's own ticket"
+        )
     for k, keep in (("kind", "transferred"), ("weights", "source")):
-        if k in frame and (frame[k] == keep).any(): frame = frame[frame[k] == keep]
-    if "n" in frame: frame = frame[frame.n == frame.n.max()]
+        if k in frame and (frame[k] == keep).any():
+            frame = frame[frame[k] == keep]
+    if "n" in frame:
+        frame = frame[frame.n == frame.n.max()]
     word = {"True": True, "False": False, "true": True, "false": False, "1": True, "0": False}
-    return frame.assign(transferable=frame.transferable.map(lambda o: word.get(str(o), pd.NA)).astype("boolean"))
+    return frame.assign(
+        transferable=frame.transferable.map(lambda o: word.get(str(o), pd.NA)).astype("boolean")
+    )
+
 
 def _only(target, control):
     "Labels of the one system of a target"
     systems = target.where(control=control).frame[LABELS].drop_duplicates()
-    if len(systems) > 1: raise ValueError(f"the target holds {len(systems)} systems, {', '.join(' '.join(o) for o in systems.values[:4])}: name one run, or one table with one of them")
+    if len(systems) > 1:
+        raise ValueError(
+            f"the target holds {len(systems)} systems, {', '.join(' '.join(o) for o in systems.values[:4])}: name one run, or one table with one of them"
+        )
     return systems.iloc[0]
+
 
 def _joint(target, candidates, control):
     "Target and candidates as one flow without the target among the candidates, and the target's name as `vectors` gives it"
     mine, others = _only(target, control), candidates.where(control=control).frame
-    others = candidates.frame[~(candidates.frame[["task", "model"]] == mine[["task", "model"]]).all(axis=1)]
-    if not (others.control == control).any(): raise ValueError(f"the candidates hold no other system than the target, {mine.task!r}")
-    flow = Flow(pd.concat([target.frame, others], ignore_index=True)); real = flow.where(control=control).frame
-    return flow, " · ".join(mine[k] for k in ([k for k in LABELS if real[k].nunique() > 1] or LABELS[:1]))
+    others = candidates.frame[
+        ~(candidates.frame[["task", "model"]] == mine[["task", "model"]]).all(axis=1)
+    ]
+    if not (others.control == control).any():
+        raise ValueError(f"the candidates hold no other system than the target, {mine.task!r}")
+    flow = Flow(pd.concat([target.frame, others], ignore_index=True))
+    real = flow.where(control=control).frame
+    return flow, " · ".join(
+        mine[k] for k in ([k for k in LABELS if real[k].nunique() > 1] or LABELS[:1])
+    )
 
 # %% ../nbs/40e_reports.ipynb #6c524970
 def _apart(v):
     "Distances of all pairs without errors, as a matrix"
-    one = _plain(v).query("kind == 'distance'"); both = pd.concat([one, one.rename(columns=dict(a="b", b="a"))])
-    return both.pivot(index="a", columns="b", values="value").fillna(0.)
+    one = _plain(v).query("kind == 'distance'")
+    both = pd.concat([one, one.rename(columns=dict(a="b", b="a"))])
+    return both.pivot(index="a", columns="b", values="value").fillna(0.0)
+
 
 def _ranked(d, name, transfers):
     "Candidates in order with probabilities, and a line on how good the curve is"
-    known = transfers[transfers.source.isin(d.index) & transfers.target.isin(d.index)]; rest = known[(known.source != name) & (known.target != name)]
-    if not len(rest): raise ValueError(f"no transfer in the table is between two of the candidates, {', '.join(d.index[d.index != name])}; it has {', '.join(dict.fromkeys(transfers.source))}")
-    table = pairs(rest, flow=d); o = held_out_auc(table)
+    known = transfers[transfers.source.isin(d.index) & transfers.target.isin(d.index)]
+    rest = known[(known.source != name) & (known.target != name)]
+    if not len(rest):
+        raise ValueError(
+            f"no transfer in the table is between two of the candidates, {', '.join(d.index[d.index != name])}; it has {', '.join(dict.fromkeys(transfers.source))}"
+        )
+    table = pairs(rest, flow=d)
+    o = held_out_auc(table)
     within = f" [{o['low']:.2f}, {o['high']:.2f}]" if np.isfinite(o["low"]) else ""
-    good = f"AUC {o['auc']:.2f}{within} from {o['targets']} targets" if o["targets"] else "not known: no target among them has both tickets that transfer and tickets that do not"
+    good = (
+        f"AUC {o['auc']:.2f}{within} from {o['targets']} targets"
+        if o["targets"]
+        else "not known: no target among them has both tickets that transfer and tickets that do not"
+    )
     said = f"Probabilities from {len(table)} transfers among the candidates; how well such a curve ranks for a task it has not seen: {good} (0.5 is chance)."
     return rank(fit(table), name, flow=d).rename(columns=dict(flow="distance")), said
+
 
 def predict_report(
     target: Flow,  # runs of one system
     candidates: Flow,  # runs of others that have tickets
     transfers: pd.DataFrame | None = None,  # from `gaps_at`: transfers among the candidates
     rounds: int | None = None,  # read rounds 0 to this one only, of all
-    against: str | None = None, control: str = "imp", by: str = "block",  # as in `compare_report`
+    against: str | None = None,  # as in `compare_report`
+    control: str = "imp",  # as in `compare_report`
+    by: str = "block",  # as in `compare_report`
 ) -> tuple:  # (table: candidate, distance, and probability if there are transfers; lines of text)
     "Candidates in the order in which their tickets should be tried on the target"
     flow, name = _joint(target, candidates, control)
-    if rounds is not None and rounds < 2: raise ValueError(f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {max(rounds, -1) + 1}")
-    if rounds is not None: flow = Flow(flow.frame[flow.frame.n <= rounds])
-    v = vectors(flow, against, control, by=by, window="all"); many = _repeated(v)
+    if rounds is not None and rounds < 2:
+        raise ValueError(
+            f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {max(rounds, -1) + 1}"
+        )
+    if rounds is not None:
+        flow = Flow(flow.frame[flow.frame.n <= rounds])
+    v = vectors(flow, against, control, by=by, window="all")
+    many = _repeated(v)
     d = distances(v) if many else _apart(v)
-    if transfers is not None: table, said = _ranked(d, name, transfers)
+    if transfers is not None:
+        table, said = _ranked(d, name, transfers)
     else:
-        table = d[name].drop(name).sort_values(kind="stable").rename_axis("candidate").reset_index(name="distance")
+        table = (
+            d[name]
+            .drop(name)
+            .sort_values(kind="stable")
+            .rename_axis("candidate")
+            .reset_index(name="distance")
+        )
         said = "No transfers were given (--transfers): this is an order, and no probability."
-    unit = "standard errors over seeds" if many else "units of sigma; one run of each, so nothing says whether differences mean anything"
-    return table, [f"Candidates for {name}, nearest flow first.", table.to_string(index=False, float_format="{:.3f}".format), f"distance in {unit}.", said]
+    unit = (
+        "standard errors over seeds"
+        if many
+        else "units of sigma; one run of each, so nothing says whether differences mean anything"
+    )
+    return table, [
+        f"Candidates for {name}, nearest flow first.",
+        table.to_string(index=False, float_format="{:.3f}".format),
+        f"distance in {unit}.",
+        said,
+    ]
 
 # %% ../nbs/40e_reports.ipynb #3778208e
 def draw_prediction(
     table: pd.DataFrame,  # from `predict_report`
 ) -> Figure:
     "Candidates from the top, by probability if there is one, else by distance"
-    figure = Figure(figsize=(5, 1.2 + .3 * len(table)), layout="constrained"); ax = figure.subplots(); what = "probability" if "probability" in table else "distance"
-    ax.plot(table[what], range(len(table)), "o", color=SERIES[0]); ax.set_yticks(range(len(table)), table.candidate); bare(ax).invert_yaxis()
-    ax.set(xlabel={"probability": "probability of being transferable", "distance": "distance of flows"}[what], xlim=(0, 1 if what == "probability" else None), title="Candidates, the first to be tried above")
+    figure = Figure(figsize=(5, 1.2 + 0.3 * len(table)), layout="constrained")
+    ax = figure.subplots()
+    what = "probability" if "probability" in table else "distance"
+    ax.plot(table[what], range(len(table)), "o", color=SERIES[0])
+    ax.set_yticks(range(len(table)), table.candidate)
+    bare(ax).invert_yaxis()
+    ax.set(
+        xlabel={
+            "probability": "probability of being transferable",
+            "distance": "distance of flows",
+        }[what],
+        xlim=(0, 1 if what == "probability" else None),
+        title="Candidates, the first to be tried above",
+    )
     return figure

@@ -20,23 +20,39 @@ from .train import Recipe, device as find_device, refine
 # %% ../nbs/22a_rewind.ipynb #c14dc0e4
 PARTS = ("weights", "bn_affine", "bn_stats", "head", "optimizer", "schedule")
 
+
 @dataclass(frozen=True)
 class Policy:
     "What is set back before a round is refined"
+
     resets: tuple  # names from `PARTS`
     about: str = ""  # in words, with its source
     step: str = "0it"  # where the snapshot is taken: "500it", "2ep"
-    rate: float | None = None  # constant learning rate of a schedule that goes on; None: the recipe's last
+    rate: float | None = (
+        None  # constant learning rate of a schedule that goes on; None: the recipe's last
+    )
 
     def __post_init__(self):
-        for part in self.resets: lookup(part, dict.fromkeys(PARTS), "part of a training state")
+        for part in self.resets:
+            lookup(part, dict.fromkeys(PARTS), "part of a training state")
+
 
 POLICIES = {
     "init": Policy(PARTS, "back to the initial weights (Frankle & Carbin 2019)"),
-    "step": Policy(PARTS, "back to the weights after k steps, written '500it' or '2ep' (Frankle et al. 2020)"),
-    "pretrained": Policy(PARTS, "back to the pre-trained weights the network came with (Chen et al. 2020)"),
-    "lr": Policy(("optimizer", "schedule"), "nowhere: weights go on, the learning rate starts again (Renda et al. 2020)"),
-    "none": Policy(("optimizer",), "nowhere: weights go on at the last learning rate, fine-tuning (Han et al. 2015)"),
+    "step": Policy(
+        PARTS, "back to the weights after k steps, written '500it' or '2ep' (Frankle et al. 2020)"
+    ),
+    "pretrained": Policy(
+        PARTS, "back to the pre-trained weights the network came with (Chen et al. 2020)"
+    ),
+    "lr": Policy(
+        ("optimizer", "schedule"),
+        "nowhere: weights go on, the learning rate starts again (Renda et al. 2020)",
+    ),
+    "none": Policy(
+        ("optimizer",),
+        "nowhere: weights go on at the last learning rate, fine-tuning (Han et al. 2015)",
+    ),
 }
 
 # %% ../nbs/22a_rewind.ipynb #daef0809
@@ -45,20 +61,27 @@ def _steps(text, per_epoch):
     match = re.fullmatch(r"(\d+)(it|ep)", text)
     return match and int(match[1]) * (per_epoch if match[2] == "ep" else 1)
 
+
 def policy(
     rewind: str | Policy,  # a name in `POLICIES`, or a point of the training: "500it", "2ep"
     per_epoch: int = 1,  # steps in an epoch
 ) -> tuple:  # (Policy, step to rewind to)
     "What to set back, and to which step"
-    if isinstance(rewind, Policy): return rewind, _steps(rewind.step, per_epoch)
+    if isinstance(rewind, Policy):
+        return rewind, _steps(rewind.step, per_epoch)
     k = _steps(str(rewind), per_epoch)
-    if k is not None: return POLICIES["step"], k
-    if rewind == "step": raise ValueError("rewind='step' needs the step: write '500it' for 500 iterations or '2ep' for 2 epochs")
+    if k is not None:
+        return POLICIES["step"], k
+    if rewind == "step":
+        raise ValueError(
+            "rewind='step' needs the step: write '500it' for 500 iterations or '2ep' for 2 epochs"
+        )
     return lookup(rewind, POLICIES, "rewind policy"), 0
 
 # %% ../nbs/22a_rewind.ipynb #82f9670c
 class Snapshot:
     "An immutable copy of a network's state"
+
     def __init__(self, state: dict):
         self.state = {k: t.detach().cpu().clone() for k, t in state.items()}
         self.digest = digest(self.state)
@@ -70,39 +93,69 @@ class Snapshot:
         parts: tuple = PARTS,  # only entries with these roles
     ):
         "Set the named parts of `network` back, bit for bit"
-        if digest(self.state) != self.digest: raise RuntimeError("the rewind snapshot was changed after it was taken; something trains a tensor that shares its memory")
+        if digest(self.state) != self.digest:
+            raise RuntimeError(
+                "the rewind snapshot was changed after it was taken; something trains a tensor that shares its memory"
+            )
         role, state = roles(network), network.state_dict()
         for k, t in self.state.items():
-            if role[k] in parts: state[k].copy_(t)
+            if role[k] in parts:
+                state[k].copy_(t)
 
 # %% ../nbs/22a_rewind.ipynb #e341182e
 @dataclass(frozen=True)
 class PruneType:
     "Where a run's weights come from, and what its rounds go back to"
+
     source: str  # "random": the network as it is drawn; "dense": trained on the task itself first; "elsewhere": pre-trained weights
     rewind: str  # as `imp` takes it
     about: str = ""  # in words
 
+
 PRUNE_TYPES = {
     "lt": PruneType("random", "init", "random weights, and back to them"),
-    "rewind_lt": PruneType("random", "9ep", "random weights, and back to what they were after 9 epochs (of the original's 182)"),
-    "pt": PruneType("dense", "pretrained", "weights trained densely on the same task, and back to them"),
-    "pt_trans": PruneType("elsewhere", "pretrained", "weights from a file, without its stem and head, and back to them"),
+    "rewind_lt": PruneType(
+        "random",
+        "9ep",
+        "random weights, and back to what they were after 9 epochs (of the original's 182)",
+    ),
+    "pt": PruneType(
+        "dense", "pretrained", "weights trained densely on the same task, and back to them"
+    ),
+    "pt_trans": PruneType(
+        "elsewhere",
+        "pretrained",
+        "weights from a file, without its stem and head, and back to them",
+    ),
 }
 
 # %% ../nbs/22a_rewind.ipynb #34806d2d
 def _dense(task, network, recipe, seed, folder):
     "Train `network` on the task, or take up what an earlier call left in `folder`"
-    facts = json.loads(json.dumps(dict(task=task.name, data=task.about, recipe=asdict(recipe), seed=seed, initial=digest(network.state_dict()))))
+    facts = json.loads(
+        json.dumps(
+            dict(
+                task=task.name,
+                data=task.about,
+                recipe=asdict(recipe),
+                seed=seed,
+                initial=digest(network.state_dict()),
+            )
+        )
+    )
     path = Path(folder) / "dense.safetensors" if folder else None
     if path and path.is_file():
         state, found = load_tensors(path, "dense")
         other = [k for k in facts if found.get(k) != facts[k]]
-        if other: raise ValueError(f"{path} holds dense weights of another run: {', '.join(other)} differ. Choose another folder, or delete the file")
+        if other:
+            raise ValueError(
+                f"{path} holds dense weights of another run: {', '.join(other)} differ. Choose another folder, or delete the file"
+            )
         network.load_state_dict(state)
         return f"dense weights from {path}"
     refine(task, network, recipe, stream(seed, "dense"))
-    if path: save_tensors(path, network.state_dict(), facts, "dense")
+    if path:
+        save_tensors(path, network.state_dict(), facts, "dense")
     return f"dense weights, trained on {task.name} (epochs={recipe.epochs})"
 
 # %% ../nbs/22a_rewind.ipynb #4b84c96b
@@ -116,11 +169,31 @@ def prepare(
     folder=None,  # for pt: where to keep the dense weights, nowhere by default
     device: str = "auto",  # for pt: where to train
     download: bool = False,  # for pt_trans: whether torchvision's weights may be fetched
-) -> tuple:  # (what to give to `imp` as `rewind`, where the weights come from: a `Receipt` or a sentence)
+) -> (
+    tuple
+):  # (what to give to `imp` as `rewind`, where the weights come from: a `Receipt` or a sentence)
     "Bring `network` to the weights a prune type starts from; a source, task or recipe that is missing, or a source that is not wanted, is a ValueError"
     what = lookup(prune_type, PRUNE_TYPES, "prune type")
-    if (source is not None) != (what.source == "elsewhere"): raise ValueError(f"{prune_type} means {what.about}: " + ("say which, source='weights.pth' or 'torchvision:IMAGENET1K_V1'" if source is None else "leave `source` out, or take pt_trans"))
-    if what.source == "random": return what.rewind, "random weights"
-    if what.source == "elsewhere": return what.rewind, load_pretrained(network, source, leave=("conv1",) if hasattr(network, "conv1") else (), download=download)
-    if task is None or recipe is None: raise ValueError(f"{prune_type} means {what.about}: say on what and how, task=... and recipe=Recipe(...)")
+    if (source is not None) != (what.source == "elsewhere"):
+        raise ValueError(
+            f"{prune_type} means {what.about}: "
+            + (
+                "say which, source='weights.pth' or 'torchvision:IMAGENET1K_V1'"
+                if source is None
+                else "leave `source` out, or take pt_trans"
+            )
+        )
+    if what.source == "random":
+        return what.rewind, "random weights"
+    if what.source == "elsewhere":
+        return what.rewind, load_pretrained(
+            network,
+            source,
+            leave=("conv1",) if hasattr(network, "conv1") else (),
+            download=download,
+        )
+    if task is None or recipe is None:
+        raise ValueError(
+            f"{prune_type} means {what.about}: say on what and how, task=... and recipe=Recipe(...)"
+        )
     return what.rewind, _dense(task, network.to(find_device(device)), recipe, seed, folder)

@@ -19,14 +19,22 @@ from .basics import generator
 def _couplings(K, what="the couplings"):
     "`K` as a finite float64 tensor [d]"
     K = torch.atleast_1d(torch.as_tensor(K, dtype=torch.float64))
-    if K.dim() != 1 or not len(K): raise ValueError(f"{what} have shape {list(K.shape)}: give one number per coupling, shape [d]")
-    if not K.isfinite().all(): raise ValueError(f"{what} are {K.tolist()}: they must be finite")
+    if K.dim() != 1 or not len(K):
+        raise ValueError(
+            f"{what} have shape {list(K.shape)}: give one number per coupling, shape [d]"
+        )
+    if not K.isfinite().all():
+        raise ValueError(f"{what} are {K.tolist()}: they must be finite")
     return K
+
 
 def _apply(step, K):
     "The map's result, of the same shape as `K`, finite or not"
     new = torch.atleast_1d(torch.as_tensor(step(K), dtype=torch.float64))
-    if new.shape != K.shape: raise ValueError(f"the map takes {len(K)} couplings, shape {list(K.shape)}, to shape {list(new.shape)}: an RG map returns as many couplings as it is given")
+    if new.shape != K.shape:
+        raise ValueError(
+            f"the map takes {len(K)} couplings, shape {list(K.shape)}, to shape {list(new.shape)}: an RG map returns as many couplings as it is given"
+        )
     return new
 
 # %% ../nbs/01_rg.ipynb #50a85cec
@@ -36,12 +44,15 @@ def iterate(
     n: int,  # how often to apply it
 ) -> torch.Tensor:  # [n+1, d] couplings, the start first; a ValueError names the step at which they stop being finite
     "The trajectory K, R(K), R(R(K)), ..."
-    if n < 0: raise ValueError(f"n={n}: a coarse-graining has no inverse, so n cannot be negative")
+    if n < 0:
+        raise ValueError(f"n={n}: a coarse-graining has no inverse, so n cannot be negative")
     path = [_couplings(K)]
     for i in range(n):
         new = _apply(step, path[-1])
         if not new.isfinite().all():
-            raise ValueError(f"step {i + 1} of {n} takes the couplings {path[-1].tolist()} to {new.tolist()}: take fewer steps, start elsewhere, or use a coordinate that stays finite")
+            raise ValueError(
+                f"step {i + 1} of {n} takes the couplings {path[-1].tolist()} to {new.tolist()}: take fewer steps, start elsewhere, or use a coordinate that stays finite"
+            )
         path.append(new)
     return torch.stack(path)
 
@@ -51,16 +62,33 @@ def _jacobian(step, K):
     with torch.enable_grad():
         K = K.detach().clone().requires_grad_()
         new = _apply(step, K)
-        if not new.requires_grad: raise ValueError("autograd cannot follow this map: compute K' with torch functions of K (torch.stack, torch.cosh, ...), not through float(), .item(), numpy or torch.tensor()")
-        return torch.stack([torch.autograd.grad(o, K, retain_graph=True, allow_unused=True, materialize_grads=True)[0] for o in new])
+        if not new.requires_grad:
+            raise ValueError(
+                "autograd cannot follow this map: compute K' with torch functions of K (torch.stack, torch.cosh, ...), not through float(), .item(), numpy or torch.tensor()"
+            )
+        return torch.stack(
+            [
+                torch.autograd.grad(
+                    o, K, retain_graph=True, allow_unused=True, materialize_grads=True
+                )[0]
+                for o in new
+            ]
+        )
+
 
 def linearise(
     step,  # the map, [d] -> [d], written in torch
     K,  # [d] where
-) -> torch.Tensor:  # [d, d] with T[a, b] = dK'_a / dK_b, float64; a ValueError where there is no derivative
+) -> (
+    torch.Tensor
+):  # [d, d] with T[a, b] = dK'_a / dK_b, float64; a ValueError where there is no derivative
     "The map's matrix of derivatives, by autograd"
-    K = _couplings(K); T = _jacobian(step, K)
-    if not T.isfinite().all(): raise ValueError(f"the map has no finite derivative at K={K.tolist()}: it is {T.tolist()}; move away a little, or change the coordinate")
+    K = _couplings(K)
+    T = _jacobian(step, K)
+    if not T.isfinite().all():
+        raise ValueError(
+            f"the map has no finite derivative at K={K.tolist()}: it is {T.tolist()}; move away a little, or change the coordinate"
+        )
     return T
 
 # %% ../nbs/01_rg.ipynb #e4f6e880
@@ -68,12 +96,16 @@ def _newton(step, K, tol, limit, rounds=100):
     "The fixed point that Newton's method finds from `K`, or None"
     for _ in range(rounds):
         gap = _apply(step, K).detach() - K
-        if not gap.isfinite().all() or K.abs().max() > limit: return None
+        if not gap.isfinite().all() or K.abs().max() > limit:
+            return None
         T = _jacobian(step, K)
-        if not T.isfinite().all(): return None
+        if not T.isfinite().all():
+            return None
         better = K - torch.linalg.pinv(T - torch.eye(len(K)), atol=1e-12) @ gap
-        if gap.abs().max() <= tol * max(1, K.abs().max()): return better if better.isfinite().all() else K
+        if gap.abs().max() <= tol * max(1, K.abs().max()):
+            return better if better.isfinite().all() else K
         K = better
+
 
 def fixed_points(
     step,  # the map, [d] -> [d], written in torch
@@ -83,8 +115,13 @@ def fixed_points(
 ) -> list:  # of Tensor [d], in ascending order; empty if no start converged
     "The map's fixed points near `starts`, by Newton's method with the autograd Jacobian"
     found = []
-    for K in (_newton(step, _couplings(K, "the starting couplings").detach(), tol, limit) for K in starts):
-        if K is not None and all((K - o).abs().max() > tol**.5 * max(1, K.abs().max()) for o in found): found.append(K)
+    for K in (
+        _newton(step, _couplings(K, "the starting couplings").detach(), tol, limit) for K in starts
+    ):
+        if K is not None and all(
+            (K - o).abs().max() > tol**0.5 * max(1, K.abs().max()) for o in found
+        ):
+            found.append(K)
     return sorted(found, key=lambda K: K.tolist())
 
 # %% ../nbs/01_rg.ipynb #9ec74312
@@ -96,8 +133,10 @@ def stability(
     "What small deviations from a fixed point do, to linear order"
     size = torch.linalg.eigvals(linearise(step, K)).abs()
     grow, fade = bool((size > 1 + tol).any()), bool((size < 1 - tol).any())
-    if grow and fade: return "saddle"
-    if ((size - 1).abs() <= tol).any(): return "marginal"
+    if grow and fade:
+        return "saddle"
+    if ((size - 1).abs() <= tol).any():
+        return "marginal"
     return "unstable" if grow else "stable"
 
 # %% ../nbs/01_rg.ipynb #b04f9a76
@@ -109,24 +148,36 @@ def semigroup_violation(
 ) -> float:  # in units of the couplings; rounding for an exact scheme
     "max |R_a(R_b(K)) - R_ab(K)|"
     K = _couplings(K)
-    return (iterate(R_a, iterate(R_b, K, 1)[-1], 1)[-1] - iterate(R_ab, K, 1)[-1]).abs().max().item()
+    return (
+        (iterate(R_a, iterate(R_b, K, 1)[-1], 1)[-1] - iterate(R_ab, K, 1)[-1]).abs().max().item()
+    )
 
 # %% ../nbs/01_rg.ipynb #cc62b89d
 def spectrum(
     T,  # [d, d] a linearised map, or an estimate of one
     b: float,  # its scale factor, > 1
     tol: float = 1e-6,  # |y| up to this counts as marginal
-) -> pd.DataFrame:  # eigenvalue, y, kind, field [d] (left eigenvector, largest entry 1); largest |eigenvalue| first
+) -> (
+    pd.DataFrame
+):  # eigenvalue, y, kind, field [d] (left eigenvector, largest entry 1); largest |eigenvalue| first
     "Eigenvalues of a linearised RG map, their exponents, and the scaling fields that go with them"
     T = torch.as_tensor(T, dtype=torch.float64).detach().cpu().numpy()
-    if not b > 1: raise ValueError(f"the scale factor is b={b}: a coarse-graining makes units larger, so b must be > 1")
-    if T.ndim != 2 or T.shape[0] != T.shape[1]: raise ValueError(f"T has shape {list(T.shape)}: a linearised map is a square matrix [d, d]")
-    if not np.isfinite(T).all(): raise ValueError(f"T holds values that are not finite: {T.tolist()}")
+    if not b > 1:
+        raise ValueError(
+            f"the scale factor is b={b}: a coarse-graining makes units larger, so b must be > 1"
+        )
+    if T.ndim != 2 or T.shape[0] != T.shape[1]:
+        raise ValueError(f"T has shape {list(T.shape)}: a linearised map is a square matrix [d, d]")
+    if not np.isfinite(T).all():
+        raise ValueError(f"T holds values that are not finite: {T.tolist()}")
     values, fields = np.linalg.eig(T.T)
-    order = np.argsort(-abs(values), kind="stable"); values, fields = values[order], fields[:, order]
+    order = np.argsort(-abs(values), kind="stable")
+    values, fields = values[order], fields[:, order]
     fields = fields / fields[abs(fields).argmax(0), np.arange(len(T))]
-    if abs(values.imag).max() <= 1e-9 * abs(values).max(): values, fields = values.real, fields.real
-    with np.errstate(divide="ignore"): y = np.log(abs(values)) / np.log(b)
+    if abs(values.imag).max() <= 1e-9 * abs(values).max():
+        values, fields = values.real, fields.real
+    with np.errstate(divide="ignore"):
+        y = np.log(abs(values)) / np.log(b)
     kind = np.where(y > tol, "relevant", np.where(y < -tol, "irrelevant", "marginal"))
     return pd.DataFrame({"eigenvalue": values, "y": y, "kind": kind, "field": list(fields.T)})
 
@@ -138,9 +189,12 @@ def exponents(
     tol: float = 1e-6,  # |y| up to this counts as marginal
 ) -> pd.DataFrame:  # eigenvalue, y, kind, field, as `spectrum` returns them
     "The exponents of an RG map at a fixed point; a ValueError if `K` is none"
-    K = _couplings(K); new = iterate(step, K, 1)[-1]
+    K = _couplings(K)
+    new = iterate(step, K, 1)[-1]
     if (new - K).abs().max() > 1e-4 * max(1, K.abs().max()):
-        raise ValueError(f"K={K.tolist()} is not a fixed point, the map takes it to {new.tolist()}: exponents belong to fixed points, find one with fixed_points")
+        raise ValueError(
+            f"K={K.tolist()} is not a fixed point, the map takes it to {new.tolist()}: exponents belong to fixed points, find one with fixed_points"
+        )
     return spectrum(linearise(step, K), b, tol)
 
 # %% ../nbs/01_rg.ipynb #ea2d2621
@@ -148,12 +202,19 @@ def flow_field(
     step,  # the map, [2] -> [2]
     grid_x,  # [nx] values of the first coupling; evenly spaced for plt.streamplot
     grid_y,  # [ny] values of the second
-) -> tuple:  # X, Y, U, V, arrays [ny, nx]: where, and R(K) - K there; nan where the map is not finite
+) -> (
+    tuple
+):  # X, Y, U, V, arrays [ny, nx]: where, and R(K) - K there; nan where the map is not finite
     "The displacement of one RG step on a grid, for plt.streamplot or plt.quiver"
     X, Y = np.meshgrid(np.asarray(grid_x, float), np.asarray(grid_y, float))
     K = torch.tensor(np.stack([X.ravel(), Y.ravel()], 1))
-    with torch.no_grad(): move = torch.stack([_apply(step, o) - o for o in K])
-    U, V = torch.where(move.isfinite().all(1, keepdim=True), move, torch.nan).T.numpy().reshape(2, *X.shape)
+    with torch.no_grad():
+        move = torch.stack([_apply(step, o) - o for o in K])
+    U, V = (
+        torch.where(move.isfinite().all(1, keepdim=True), move, torch.nan)
+        .T.numpy()
+        .reshape(2, *X.shape)
+    )
     return X, Y, U, V
 
 # %% ../nbs/01_rg.ipynb #d548eb6c
@@ -161,54 +222,95 @@ def _trajectories(x, rounds, positive):
     "`x` as an array [runs, rounds, d] in which everything needed holds"
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, dtype=float)
     x = x[None] if x.ndim == 2 else x
-    if x.ndim != 3: raise ValueError(f"trajectories have shape {list(x.shape)}: give [runs, rounds, d], or [rounds, d] for a single run")
-    if min(x.shape) < 1 or x.shape[1] < rounds: raise ValueError(f"trajectories of shape [runs, rounds, d] = {list(x.shape)}: at least {rounds} rounds of one run are needed")
+    if x.ndim != 3:
+        raise ValueError(
+            f"trajectories have shape {list(x.shape)}: give [runs, rounds, d], or [rounds, d] for a single run"
+        )
+    if min(x.shape) < 1 or x.shape[1] < rounds:
+        raise ValueError(
+            f"trajectories of shape [runs, rounds, d] = {list(x.shape)}: at least {rounds} rounds of one run are needed"
+        )
     bad = np.argwhere(~np.isfinite(x) | ((x <= 0) if positive else False))
-    if len(bad): raise ValueError(f"x[run {bad[0][0]}, round {bad[0][1]}, component {bad[0][2]}] is {x[tuple(bad[0])]}: values must be finite{' and positive to have a logarithm' if positive else ''}; leave out that round or component")
+    if len(bad):
+        raise ValueError(
+            f"x[run {bad[0][0]}, round {bad[0][1]}, component {bad[0][2]}] is {x[tuple(bad[0])]}: values must be finite{' and positive to have a logarithm' if positive else ''}; leave out that round or component"
+        )
     return x
+
 
 def log_slopes(
     x,  # [runs, rounds, d] positive quantities, or [rounds, d] for a single run
     t,  # [rounds] RG time, increasing; n ln b for equal rounds
 ) -> pd.DataFrame:  # a row per component: slope, its standard error, 95 % Student interval low and high, rms of ln x about the lines, source of the error ("runs" or "fit")
     "Exponents as slopes of ln x against RG time"
-    x = _trajectories(x, 3, positive=True); t = np.asarray(t, dtype=float); runs, rounds, d = x.shape
-    if t.shape != (rounds,) or not (np.diff(t) > 0).all(): raise ValueError(f"t has shape {list(t.shape)} for {rounds} rounds: give one RG time per round, increasing and finite")
+    x = _trajectories(x, 3, positive=True)
+    t = np.asarray(t, dtype=float)
+    runs, rounds, d = x.shape
+    if t.shape != (rounds,) or not (np.diff(t) > 0).all():
+        raise ValueError(
+            f"t has shape {list(t.shape)} for {rounds} rounds: give one RG time per round, increasing and finite"
+        )
     u, z = t - t.mean(), np.log(x)
     slopes = np.einsum("n,rnd->rd", u, z) / (u @ u)
     rest = z - z.mean(1, keepdims=True) - slopes[:, None] * u[:, None]
-    if runs > 1: error, dof, source = slopes.std(0, ddof=1) / np.sqrt(runs), runs - 1, "runs"
-    else: error, dof, source = np.sqrt((rest[0]**2).sum(0) / (rounds - 2) / (u @ u)), rounds - 2, "fit"
-    slope, half = slopes.mean(0), stats.t.ppf(.975, dof) * error
-    return pd.DataFrame({"slope": slope, "error": error, "low": slope - half, "high": slope + half, "rms": np.sqrt((rest**2).mean((0, 1))), "source": source})
+    if runs > 1:
+        error, dof, source = slopes.std(0, ddof=1) / np.sqrt(runs), runs - 1, "runs"
+    else:
+        error, dof, source = (
+            np.sqrt((rest[0] ** 2).sum(0) / (rounds - 2) / (u @ u)),
+            rounds - 2,
+            "fit",
+        )
+    slope, half = slopes.mean(0), stats.t.ppf(0.975, dof) * error
+    return pd.DataFrame(
+        {
+            "slope": slope,
+            "error": error,
+            "low": slope - half,
+            "high": slope + half,
+            "rms": np.sqrt((rest**2).mean((0, 1))),
+            "source": source,
+        }
+    )
 
 # %% ../nbs/01_rg.ipynb #3697200b
 def _fit(a, b, ridge, affine):
     "Linear map and constant from pairs a -> b [pairs, d]: full (T, c) and diagonal (slopes, c)"
     a0, b0 = (a.mean(0), b.mean(0)) if affine else (np.zeros(a.shape[1]), np.zeros(a.shape[1]))
     a, b = a - a0, b - b0
-    norm = (a * a).sum(0); diag = (a * b).sum(0) / np.where(norm > 0, norm, 1)
-    pull = np.sqrt(ridge * norm.mean()) * np.eye(len(norm))  # extra rows that ask for T = diagonal fit
-    rest = np.linalg.lstsq(np.vstack([a, pull]), np.vstack([b - a * diag, 0 * pull]), rcond=None)[0]  # the smallest departure if many fit
+    norm = (a * a).sum(0)
+    diag = (a * b).sum(0) / np.where(norm > 0, norm, 1)
+    pull = np.sqrt(ridge * norm.mean()) * np.eye(
+        len(norm)
+    )  # extra rows that ask for T = diagonal fit
+    rest = np.linalg.lstsq(np.vstack([a, pull]), np.vstack([b - a * diag, 0 * pull]), rcond=None)[
+        0
+    ]  # the smallest departure if many fit
     T = np.diag(diag) + rest.T
     return T, b0 - T @ a0, diag, b0 - diag * a0
 
+
 def _spacing(t, rounds):
     "RG time of one step; `t` must be evenly spaced"
-    if t is None: return 1.
+    if t is None:
+        return 1.0
     steps = np.diff(np.asarray(t, dtype=float))
-    if steps.shape != (rounds - 1,) or not (steps > 0).all() or np.ptp(steps) > .05 * steps.mean():
-        raise ValueError(f"t must give {rounds} increasing RG times, evenly spaced to 5 %, for one map to describe every round; its steps are {steps.round(4).tolist()}")
+    if steps.shape != (rounds - 1,) or not (steps > 0).all() or np.ptp(steps) > 0.05 * steps.mean():
+        raise ValueError(
+            f"t must give {rounds} increasing RG times, evenly spaced to 5 %, for one map to describe every round; its steps are {steps.round(4).tolist()}"
+        )
     return steps.mean()
 
 # %% ../nbs/01_rg.ipynb #5c39e05a
 def _bootstrap(a, b, ridge, affine, values, n, seed):
     "Half-width [d] of the 95 % interval of the eigenvalues' real parts, resampling runs"
-    runs, d = len(a), a.shape[-1]; found = []
+    runs, d = len(a), a.shape[-1]
+    found = []
     for i in torch.randint(runs, (n, runs), generator=generator(seed, "dmd")).numpy():
         other = np.linalg.eigvals(_fit(a[i].reshape(-1, d), b[i].reshape(-1, d), ridge, affine)[0])
         found.append(other[linear_sum_assignment(abs(values[:, None] - other))[1]].real)
-    return stats.t.ppf(.975, runs - 1) * np.std(found, axis=0, ddof=1) * np.sqrt(runs / (runs - 1))
+    return stats.t.ppf(0.975, runs - 1) * np.std(found, axis=0, ddof=1) * np.sqrt(runs / (runs - 1))
+
 
 def _left_out(a, b, ridge, affine, log):
     "Squared one-step errors [runs, 3] on each run, of the power law, diagonal and full maps fitted to the others"
@@ -217,23 +319,45 @@ def _left_out(a, b, ridge, affine, log):
         x, y = (np.delete(o, r, 0).reshape(-1, a.shape[-1]) for o in (a, b))
         T, c, diag, c_diag = _fit(x, y, ridge, affine)
         power = a[r] + (y - x).mean(0) if log else a[r] * (x * y).sum(0) / (x * x).sum(0)
-        errors.append([((o - b[r])**2).mean() for o in (power, a[r] * diag + c_diag, a[r] @ T.T + c)])
+        errors.append(
+            [((o - b[r]) ** 2).mean() for o in (power, a[r] * diag + c_diag, a[r] @ T.T + c)]
+        )
     return np.array(errors)
+
 
 def _no_gain(f):
     "Whether the full map gains nothing on the diagonal one, beyond chance over runs and rounding"
-    gain = f.errors[:, 1] - f.errors[:, 2]; n = len(gain)
-    return None if n < 2 else bool(gain.mean() <= max(stats.t.ppf(.95, n - 1) * gain.std(ddof=1) / np.sqrt(n), 1e-9 * f.scale))
+    gain = f.errors[:, 1] - f.errors[:, 2]
+    n = len(gain)
+    return (
+        None
+        if n < 2
+        else bool(
+            gain.mean()
+            <= max(stats.t.ppf(0.95, n - 1) * gain.std(ddof=1) / np.sqrt(n), 1e-9 * f.scale)
+        )
+    )
+
 
 def _table(f):
     "A row per eigenvalue, and the diagonal fit by size"
-    with np.errstate(divide="ignore"): y = np.log(abs(f.eigenvalues)) / f.dt
-    return pd.DataFrame({"eigenvalue": f.eigenvalues, "low": f.low, "high": f.high, "y": y, "lambda_diag": f.lambda_diag[np.argsort(-abs(f.lambda_diag))]})
+    with np.errstate(divide="ignore"):
+        y = np.log(abs(f.eigenvalues)) / f.dt
+    return pd.DataFrame(
+        {
+            "eigenvalue": f.eigenvalues,
+            "low": f.low,
+            "high": f.high,
+            "y": y,
+            "lambda_diag": f.lambda_diag[np.argsort(-abs(f.lambda_diag))],
+        }
+    )
 
 # %% ../nbs/01_rg.ipynb #26b2dd94
 @dataclass(eq=False)
 class Dmd:
     "What `dmd` found"
+
     T: np.ndarray  # [d, d] the one-step map
     shift: np.ndarray  # [d] its constant
     eigenvalues: np.ndarray  # [d], largest size first
@@ -246,32 +370,75 @@ class Dmd:
     dt: float  # RG time of one step
     scale: float  # rms size of one step, in z
 
-    error_power = property(lambda self: np.sqrt((self.errors[:, 0]**2).mean()), doc="rms one-step error of x' = lambda x, per component")
-    error_diagonal = property(lambda self: np.sqrt((self.errors[:, 1]**2).mean()), doc="rms one-step error of the diagonal map")
-    error_full = property(lambda self: np.sqrt((self.errors[:, 2]**2).mean()), doc="rms one-step error of the full map")
-    diagonal = property(_no_gain, doc="True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run")
-    table = property(_table, doc="Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size")
+    error_power = property(
+        lambda self: np.sqrt((self.errors[:, 0] ** 2).mean()),
+        doc="rms one-step error of x' = lambda x, per component",
+    )
+    error_diagonal = property(
+        lambda self: np.sqrt((self.errors[:, 1] ** 2).mean()),
+        doc="rms one-step error of the diagonal map",
+    )
+    error_full = property(
+        lambda self: np.sqrt((self.errors[:, 2] ** 2).mean()),
+        doc="rms one-step error of the full map",
+    )
+    diagonal = property(
+        _no_gain,
+        doc="True if the full map predicts left-out runs no better than the diagonal one, at 95 % over runs; None for a single run",
+    )
+    table = property(
+        _table,
+        doc="Eigenvalues with intervals and exponents, beside the diagonal fit sorted by size",
+    )
 
 # %% ../nbs/01_rg.ipynb #71a55598
 def dmd(
     x,  # [runs, rounds, d] trajectories, or [rounds, d] for a single run (then bootstrap=0)
     t=None,  # [rounds] RG time, evenly spaced; None counts rounds
-    ridge: float = 0.,  # pull towards the diagonal fit, in units of the data's mean square; >= 0
+    ridge: float = 0.0,  # pull towards the diagonal fit, in units of the data's mean square; >= 0
     log: bool = True,  # fit ln x (x positive) or x
     bootstrap: int = 200,  # resamplings of runs for the intervals (3 runs or more); 0 for none
     seed: int = 0,  # of the bootstrap
     affine: bool | None = None,  # with a constant; None: with logarithms only
 ) -> Dmd:  # map, eigenvalues with intervals, and whether a diagonal map does as well
     "The linear one-step map behind trajectories, and the evidence on its being diagonal"
-    x = _trajectories(x, 2, positive=log); runs, rounds, d = x.shape; dt = _spacing(t, rounds); affine = log if affine is None else affine
-    if not ridge >= 0: raise ValueError(f"ridge={ridge}: a pull towards the diagonal is 0 or more")
-    if bootstrap and runs < 3: raise ValueError(f"{runs} run(s): intervals come from resampling runs and need 3 or more; give more runs, or bootstrap=0 for none")
-    if runs * (rounds - 1) < d + affine and not ridge: raise ValueError(f"{runs} run(s) of {rounds} rounds are {runs * (rounds - 1)} pairs, too few for {d + affine} unknowns per row of T: give more, or ridge > 0")
-    z = np.log(x) if log else x; a, b = z[:, :-1], z[:, 1:]; flat, flat_b = a.reshape(-1, d), b.reshape(-1, d)
+    x = _trajectories(x, 2, positive=log)
+    runs, rounds, d = x.shape
+    dt = _spacing(t, rounds)
+    affine = log if affine is None else affine
+    if not ridge >= 0:
+        raise ValueError(f"ridge={ridge}: a pull towards the diagonal is 0 or more")
+    if bootstrap and runs < 3:
+        raise ValueError(
+            f"{runs} run(s): intervals come from resampling runs and need 3 or more; give more runs, or bootstrap=0 for none"
+        )
+    if runs * (rounds - 1) < d + affine and not ridge:
+        raise ValueError(
+            f"{runs} run(s) of {rounds} rounds are {runs * (rounds - 1)} pairs, too few for {d + affine} unknowns per row of T: give more, or ridge > 0"
+        )
+    z = np.log(x) if log else x
+    a, b = z[:, :-1], z[:, 1:]
+    flat, flat_b = a.reshape(-1, d), b.reshape(-1, d)
     T, shift, diag, _ = _fit(flat, flat_b, ridge, affine)
-    values = np.linalg.eigvals(T); values = values[np.argsort(-abs(values), kind="stable")]
-    half = _bootstrap(a, b, ridge, affine, values, bootstrap, seed) if bootstrap else np.full(d, np.nan)
+    values = np.linalg.eigvals(T)
+    values = values[np.argsort(-abs(values), kind="stable")]
+    half = (
+        _bootstrap(a, b, ridge, affine, values, bootstrap, seed)
+        if bootstrap
+        else np.full(d, np.nan)
+    )
     errors = np.sqrt(_left_out(a, b, ridge, affine, log)) if runs > 1 else np.full((1, 3), np.nan)
     size = np.linalg.svd(flat - flat.mean(0) if affine else flat, compute_uv=False)
-    return Dmd(T, shift, values, values.real - half, values.real + half, diag, np.linalg.norm(T - np.diag(np.diag(T))) / np.linalg.norm(T), errors,
-               size[0] / max(size[-1], 1e-300), dt, np.sqrt(((b - a)**2).mean()))
+    return Dmd(
+        T,
+        shift,
+        values,
+        values.real - half,
+        values.real + half,
+        diag,
+        np.linalg.norm(T - np.diag(np.diag(T))) / np.linalg.norm(T),
+        errors,
+        size[0] / max(size[-1], 1e-300),
+        dt,
+        np.sqrt(((b - a) ** 2).mean()),
+    )

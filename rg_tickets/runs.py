@@ -31,25 +31,34 @@ from .train import Recipe, device as find_device
 @dataclass(frozen=True)
 class Spec:
     "Everything that decides a run's numbers"
+
     task: str = "digits8"  # a name of a task in one of `SYSTEMS`; with a control or a way to train it, "font_latin/permuted", "font_latin/simclr"
     model: str = "cifar_resnet8"  # a name of a model in the same system
     control: str = "imp"  # a name in `imp.CONTROLS`
     seed: int = 0  # initial weights, data order, augmentation, random masks
     rounds: int = 12  # prunings
-    prune: float = .2  # share of the surviving (arithmetic: of all) weights removed per round
+    prune: float = 0.2  # share of the surviving (arithmetic: of all) weights removed per round
     schedule: str = "geometric"  # or "arithmetic"
     scope: str = "global"  # or "layer"
     rewind: str = "init"  # rewind policy
     preset: str = "backbone"  # which tensors are pruned
-    width: int | None = None  # channels of a CIFAR ResNet's first stage, the model's own default if None
+    width: int | None = (
+        None  # channels of a CIFAR ResNet's first stage, the model's own default if None
+    )
     stem: str | None = None  # stem of a torchvision ResNet
     n_train: int | None = None  # training samples, all if None
     n_test: int | None = None  # test samples, all if None
     augment: str | None = None  # augmentation, the task's own if None
     recipe: dict = field(default_factory=dict)  # fields of `Recipe` that differ from its defaults
-    prune_type: str | None = None  # a name in `rewind.PRUNE_TYPES`, instead of `rewind`: where the weights to rewind to come from
-    pretrained: str | None = None  # for the prune type that starts from weights of elsewhere: a file, a folder, "torchvision:NAME"
-    options: dict = field(default_factory=dict)  # further arguments of the task: split, workers (pictures), queue, temperature (self-supervised), length, tokenizer (texts)
+    prune_type: str | None = (
+        None  # a name in `rewind.PRUNE_TYPES`, instead of `rewind`: where the weights to rewind to come from
+    )
+    pretrained: str | None = (
+        None  # for the prune type that starts from weights of elsewhere: a file, a folder, "torchvision:NAME"
+    )
+    options: dict = field(
+        default_factory=dict
+    )  # further arguments of the task: split, workers (pictures), queue, temperature (self-supervised), length, tokenizer (texts)
 
     @property
     def id(self) -> str:
@@ -58,57 +67,95 @@ class Spec:
         code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task.replace('/', '_')}-{self.control}-seed{self.seed}-{code}"
 
-    def __str__(self): return f"{self.task} {self.control} seed {self.seed}"
+    def __str__(self):
+        return f"{self.task} {self.control} seed {self.seed}"
 
 # %% ../nbs/40_runs.ipynb #488e67d7
 @dataclass(frozen=True)
 class System:
     "A kind of data with its kind of networks; tables are written 'module:NAME'"
+
     tasks: str  # table of task names
     models: str  # table of model names
     suffixes: tuple  # tables of what may follow a task's name after a slash
     build: Callable  # (spec, folder of data sets) -> (Task, network at its initial weights)
+
 
 def _named(where):
     "What 'module:NAME' stands for"
     module, name = where.split(":")
     return getattr(import_module(f"rg_tickets.{module}"), name)
 
-SELFSUP = {"simclr": "tasks.selfsup:simclr", "moco": "tasks.selfsup:moco"}  # name -> function of (task, seed=...) that gives a task without labels
+
+SELFSUP = {
+    "simclr": "tasks.selfsup:simclr",
+    "moco": "tasks.selfsup:moco",
+}  # name -> function of (task, seed=...) that gives a task without labels
+
 
 def _resnet(spec, **kwargs):
     "The ResNet of a spec"
-    return resnet(spec.model, seed=spec.seed, **kwargs, **{k: v for k, v in dict(width=spec.width, stem=spec.stem).items() if v is not None})
+    return resnet(
+        spec.model,
+        seed=spec.seed,
+        **kwargs,
+        **{k: v for k, v in dict(width=spec.width, stem=spec.stem).items() if v is not None},
+    )
+
 
 def _pictures(spec, root):
     "An image task and a ResNet; a self-supervised task puts its projection in place of the head"
     name, _, way = spec.task.rpartition("/")
     name, way = (name, way) if way in SELFSUP else (spec.task, None)
-    reading = {k: v for k, v in spec.options.items() if not way or k in ("split", "workers", "size")}
+    reading = {
+        k: v for k, v in spec.options.items() if not way or k in ("split", "workers", "size")
+    }
     task = image_task(name, spec.n_train, spec.n_test, augment=spec.augment, root=root, **reading)
     network = _resnet(spec, classes=task.classes, in_channels=task.shape[0])
-    if way: task = _named(SELFSUP[way])(task, seed=spec.seed, **{k: v for k, v in spec.options.items() if k not in reading})
+    if way:
+        task = _named(SELFSUP[way])(
+            task, seed=spec.seed, **{k: v for k, v in spec.options.items() if k not in reading}
+        )
     return task, task.network(network)
 
 # %% ../nbs/40_runs.ipynb #c12d8ab3
 def _scenes(spec, root):
     "Detection or segmentation, on the body of a ResNet"
     from rg_tickets.tasks.voc import voc_task
-    task = voc_task(spec.task, n_train=spec.n_train, n_test=spec.n_test, seed=spec.seed, root=root, **spec.options)
+
+    task = voc_task(
+        spec.task,
+        n_train=spec.n_train,
+        n_test=spec.n_test,
+        seed=spec.seed,
+        root=root,
+        **spec.options,
+    )
     return task, task.network(_resnet(spec, classes=task.classes))
+
 
 def _texts(spec, root):
     "A text task and a BERT; the small ones know only the pieces of words that the embedded texts use"
     from rg_tickets.models.berts import bert
     from rg_tickets.tasks.text import corpus_vocabulary, text_task
-    name = spec.model.removesuffix("_shuffled"); said = dict(tokenizer="docstrings:1000" if name == "tiny" else "minilm") | spec.options
+
+    name = spec.model.removesuffix("_shuffled")
+    said = dict(tokenizer="docstrings:1000" if name == "tiny" else "minilm") | spec.options
     ids = corpus_vocabulary("minilm") if name == "minilm3" else None
     task = text_task(spec.task, spec.n_train, spec.n_test, vocabulary=ids, root=root, **said)
     size = dict(vocab_size=task.about["vocabulary"]) if name == "tiny" else {}
-    return task, task.network(bert(spec.model, task.about["head"], task.classes or 2, spec.seed, vocabulary=ids, **size))
+    return task, task.network(
+        bert(spec.model, task.about["head"], task.classes or 2, spec.seed, vocabulary=ids, **size)
+    )
+
 
 SYSTEMS = {
-    "pictures": System("tasks.images:TASKS", "models.resnets:MODELS", ("tasks.images:DISGUISES", "runs:SELFSUP"), _pictures),
+    "pictures": System(
+        "tasks.images:TASKS",
+        "models.resnets:MODELS",
+        ("tasks.images:DISGUISES", "runs:SELFSUP"),
+        _pictures,
+    ),
     "texts": System("tasks.text:TASKS", "models.berts:BERTS", ("tasks.text:DISGUISES",), _texts),
     "scenes": System("tasks.voc:VOC", "models.resnets:MODELS", (), _scenes),
 }
@@ -118,13 +165,22 @@ def system(
     spec: Spec,  # task and model are looked up
 ) -> System:  # the one that has both
     "The system of a spec; unknown names are refused with the nearest known one"
-    base, *suffixes = spec.task.split("/"); tasks = {}
+    base, *suffixes = spec.task.split("/")
+    tasks = {}
     for o in SYSTEMS.values():
         tasks |= _named(o.tasks)
-        if base in tasks: break
-    lookup(base, tasks, "task"); lookup(spec.model, _named(o.models), "model")
-    for suffix in suffixes: lookup(suffix, {k: None for t in o.suffixes for k in _named(t)}, f"way to treat the task {base!r}:")
+        if base in tasks:
+            break
+    lookup(base, tasks, "task")
+    lookup(spec.model, _named(o.models), "model")
+    for suffix in suffixes:
+        lookup(
+            suffix,
+            {k: None for t in o.suffixes for k in _named(t)},
+            f"way to treat the task {base!r}:",
+        )
     return o
+
 
 def build(
     spec: Spec,  # what to build
@@ -139,28 +195,52 @@ def write_csv(
     frame: pd.DataFrame,  # its index is not written
 ):
     "Replace a table, whole or not at all"
-    with replacing(path) as tmp: frame.to_csv(tmp, index=False)
+    with replacing(path) as tmp:
+        frame.to_csv(tmp, index=False)
+
 
 @contextlib.contextmanager
 def one_thread(device: torch.device):
     "CPU work of the block on one thread"
     before = torch.get_num_threads()
-    if device.type == "cpu": torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../nbs/40_runs.ipynb #c4598f2c
 def _tables(home, spec, rounds):
     "Write rounds.csv and flow.csv"
-    plain = [dict(n=r.n, t=r.time, density=r.density, loss=r.loss, threshold=r.threshold, **{f"test_{k}": v for k, v in r.metrics.items()}) for r in rounds]
+    plain = [
+        dict(
+            n=r.n,
+            t=r.time,
+            density=r.density,
+            loss=r.loss,
+            threshold=r.threshold,
+            **{f"test_{k}": v for k, v in r.metrics.items()},
+        )
+        for r in rounds
+    ]
     write_csv(home / "rounds.csv", pd.DataFrame(plain))
-    write_csv(home / "flow.csv", Flow.of(rounds, spec.seed, task=spec.task, model=spec.model, control=spec.control).frame)
+    write_csv(
+        home / "flow.csv",
+        Flow.of(rounds, spec.seed, task=spec.task, model=spec.model, control=spec.control).frame,
+    )
+
 
 def _rounds_kept(home):
     "How many rounds a run's ticket holds already"
     path = home / "ticket.safetensors"
-    try: return len(Ticket.load(path).rounds) if path.exists() else 0
-    except TicketError as e: raise TicketError(f"{e}: delete {home} and start again; without its ticket nothing of it can be used") from None
+    try:
+        return len(Ticket.load(path).rounds) if path.exists() else 0
+    except TicketError as e:
+        raise TicketError(
+            f"{e}: delete {home} and start again; without its ticket nothing of it can be used"
+        ) from None
+
 
 def execute(
     spec: Spec,  # what to run
@@ -170,34 +250,80 @@ def execute(
     ticket: str | None = None,  # ticket file whose masks to follow, for controls that do
 ) -> Path:  # the run's folder
     "Run a spec, or take it up where it was left"
-    home, where, lead = writable(Path(folder) / spec.id), find_device(device), world().lead  # of several processes that make one run, one writes
-    say = lambda n, step, steps, done=False: note(home, n, step, steps, spec.rounds, done) if lead else None
+    home, where, lead = (
+        writable(Path(folder) / spec.id),
+        find_device(device),
+        world().lead,
+    )  # of several processes that make one run, one writes
+    say = lambda n, step, steps, done=False: (
+        note(home, n, step, steps, spec.rounds, done) if lead else None
+    )
     if lead:
-        with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(spec), indent=1))
+        with replacing(home / "config.json") as tmp:
+            tmp.write_text(json.dumps(asdict(spec), indent=1))
     rounds, kept = [], _rounds_kept(home)
     with one_thread(where):
         task, network = build(spec, root)
-        rewind = prepare(spec.prune_type, network, task, Recipe(**spec.recipe), spec.seed, spec.pretrained, home, device=str(where))[0] if spec.prune_type else spec.rewind
-        for r in imp(task, network, spec.rounds, Schedule(spec.prune, spec.schedule), rewind, Recipe(**spec.recipe), spec.seed, spec.control, spec.preset, spec.scope,
-                     Ticket.load(ticket) if ticket else None, device=str(where), folder=home, report=say):
-            rounds.append(r); say(r.n + 1, 0, 1)
-            if lead and len(rounds) >= kept: _tables(home, spec, rounds)  # never fewer rounds than were there before
-    say(spec.rounds + 1, 0, 1, done=True); (home / "error.txt").unlink(missing_ok=True)
+        rewind = (
+            prepare(
+                spec.prune_type,
+                network,
+                task,
+                Recipe(**spec.recipe),
+                spec.seed,
+                spec.pretrained,
+                home,
+                device=str(where),
+            )[0]
+            if spec.prune_type
+            else spec.rewind
+        )
+        for r in imp(
+            task,
+            network,
+            spec.rounds,
+            Schedule(spec.prune, spec.schedule),
+            rewind,
+            Recipe(**spec.recipe),
+            spec.seed,
+            spec.control,
+            spec.preset,
+            spec.scope,
+            Ticket.load(ticket) if ticket else None,
+            device=str(where),
+            folder=home,
+            report=say,
+        ):
+            rounds.append(r)
+            say(r.n + 1, 0, 1)
+            if lead and len(rounds) >= kept:
+                _tables(home, spec, rounds)  # never fewer rounds than were there before
+    say(spec.rounds + 1, 0, 1, done=True)
+    (home / "error.txt").unlink(missing_ok=True)
     return home
 
 # %% ../nbs/40_runs.ipynb #2e49f94b
-dry = contextvars.ContextVar("dry", default=None)  # while `40c_plans` makes a plan: a function that is told what would be run; nothing is run or written
+dry = contextvars.ContextVar(
+    "dry", default=None
+)  # while `40c_plans` makes a plan: a function that is told what would be run; nothing is run or written
+
 
 def writable(
     folder,  # a folder, made if need be
 ) -> Path:  # the same folder
     "Make sure that files can be written there, before hours are spent"
     folder = Path(folder)
-    if dry.get(): return folder
+    if dry.get():
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(4096))  # a full disk makes files, but puts nothing into them
-    except OSError as e: raise OSError(e.errno, f"cannot write to {folder}: {e.strerror}. Choose a folder you may write to, or free some space") from e
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(4096))  # a full disk makes files, but puts nothing into them
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f"cannot write to {folder}: {e.strerror}. Choose a folder you may write to, or free some space",
+        ) from e
     return folder
 
 # %% ../nbs/40_runs.ipynb #11472477
@@ -216,29 +342,51 @@ def grid(
 class RunsFailed(RuntimeError):
     "Some runs of a study failed; the others are complete"
 
+
 def _worker(parent):
     "Set a worker process up: leave when the parent is gone"
+
     def mind():
-        while os.getppid() == parent: time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(1)
         os._exit(1)
+
     threading.Thread(target=mind, daemon=True).start()
+
 
 def plainly(error: Exception) -> str:
     "An error in a line; of want of memory, in whatever words, it says what to do"
     said = f"{type(error).__name__}: {error}"
-    if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(r"can't allocate memory|out of memory|bad_alloc", said)): return said
+    if not (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or re.search(r"can't allocate memory|out of memory|bad_alloc", said)
+    ):
+        return said
     return f"out of memory ({said.splitlines()[0][:200]}): run fewer jobs side by side, or take smaller batches or a narrower network; finished rounds are kept"
+
 
 @patch_to(Spec)
 def run(self, folder, **kwargs):
     "Execute the spec, following the ticket of the real run if its control follows one"
-    return execute(self, folder, **kwargs, **(dict(ticket=Path(folder) / _source(self).id / "ticket.safetensors") if _follows(self) else {}))
+    return execute(
+        self,
+        folder,
+        **kwargs,
+        **(
+            dict(ticket=Path(folder) / _source(self).id / "ticket.safetensors")
+            if _follows(self)
+            else {}
+        ),
+    )
+
 
 def _attempt(spec, folder, kwargs):
     "Run a spec; None, or the last line of what went wrong, with the traceback kept beside the run"
-    try: spec.run(folder, **kwargs)
+    try:
+        spec.run(folder, **kwargs)
     except Exception as e:
-        with contextlib.suppress(OSError): (Path(folder) / spec.id / "error.txt").write_text(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            (Path(folder) / spec.id / "error.txt").write_text(traceback.format_exc())
         return plainly(e)
 
 # %% ../nbs/40_runs.ipynb #6a76d8c8
@@ -247,50 +395,81 @@ def _jobs(jobs, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return jobs or (cores if find_device(device).type == "cpu" else 1)
 
+
 def _pool(specs, folder, jobs, kwargs):
     "Yield (spec, complaint or None) as runs end; one killed worker ends the pool, and what it had left comes last, with the complaint `...`"
     if jobs == 1 or len(specs) == 1:
-        for s in specs: yield s, _attempt(s, folder, kwargs)
+        for s in specs:
+            yield s, _attempt(s, folder, kwargs)
         return
-    with futures.ProcessPoolExecutor(min(jobs, len(specs)), multiprocessing.get_context("spawn"), _worker, (os.getpid(),)) as pool:
+    with futures.ProcessPoolExecutor(
+        min(jobs, len(specs)), multiprocessing.get_context("spawn"), _worker, (os.getpid(),)
+    ) as pool:
         tasks = {pool.submit(_attempt, s, folder, kwargs): s for s in specs}
         for f in futures.as_completed(tasks):
-            try: yield tasks[f], f.result()
-            except futures.BrokenExecutor: yield tasks[f], ...
+            try:
+                yield tasks[f], f.result()
+            except futures.BrokenExecutor:
+                yield tasks[f], ...
+
 
 def _apart(spec, folder, kwargs):
     "The outcome of a spec in a process of its own, whose death is nobody else's"
-    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(),)) as pool:
-        try: return pool.submit(_attempt, spec, folder, kwargs).result()
-        except futures.BrokenExecutor: return _KILLED
+    with futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            return pool.submit(_attempt, spec, folder, kwargs).result()
+        except futures.BrokenExecutor:
+            return _KILLED
+
 
 _KILLED = "its worker was killed, twice (out of memory?); start again with fewer jobs, finished rounds are kept"
+
 
 def _attempts(specs, folder, jobs, kwargs):
     "The same, with one more try, each apart from the others and half as many side by side, for what a killed worker left"
     left = []
     for s, complaint in _pool(specs, folder, jobs, kwargs):
-        if complaint is ...: left.append(s)
-        else: yield s, complaint
+        if complaint is ...:
+            left.append(s)
+        else:
+            yield s, complaint
     lanes = futures.ThreadPoolExecutor(max(1, jobs // 2))
     try:
         tasks = {lanes.submit(_apart, s, folder, kwargs): s for s in left}
-        for f in futures.as_completed(tasks): yield tasks[f], f.result()
-    finally: lanes.shutdown(cancel_futures=True)
+        for f in futures.as_completed(tasks):
+            yield tasks[f], f.result()
+    finally:
+        lanes.shutdown(cancel_futures=True)
 
 # %% ../nbs/40_runs.ipynb #e87cc5af
-def _follows(spec): return CONTROLS[spec.control].rank == "given"
+def _follows(spec):
+    return CONTROLS[spec.control].rank == "given"
 
-def _source(spec): return replace(spec, control="imp")
+
+def _source(spec):
+    return replace(spec, control="imp")
+
 
 def _plausible(spec, specs):
     "Refuse a spec of which no run can be made, before any process is started for it"
-    system(spec); lookup(spec.control, CONTROLS, "control"); lookup(spec.preset, PRESETS, "preset")
-    for name in spec.recipe: lookup(name, {f.name: f for f in fields(Recipe)}, "field of a recipe")
-    policy(spec.rewind); Schedule(spec.prune, spec.schedule); Recipe(**spec.recipe)
-    if spec.prune_type: lookup(spec.prune_type, PRUNE_TYPES, "prune type")
-    if spec.rounds != int(spec.rounds) or spec.rounds < 0: raise ValueError(f"rounds={spec.rounds} is not a number of prunings")
-    if _follows(spec) and _source(spec).id not in {s.id for s in specs}: raise ValueError(f"the control {spec.control!r} follows the tickets of the real runs: add 'imp' to the controls")
+    system(spec)
+    lookup(spec.control, CONTROLS, "control")
+    lookup(spec.preset, PRESETS, "preset")
+    for name in spec.recipe:
+        lookup(name, {f.name: f for f in fields(Recipe)}, "field of a recipe")
+    policy(spec.rewind)
+    Schedule(spec.prune, spec.schedule)
+    Recipe(**spec.recipe)
+    if spec.prune_type:
+        lookup(spec.prune_type, PRUNE_TYPES, "prune type")
+    if spec.rounds != int(spec.rounds) or spec.rounds < 0:
+        raise ValueError(f"rounds={spec.rounds} is not a number of prunings")
+    if _follows(spec) and _source(spec).id not in {s.id for s in specs}:
+        raise ValueError(
+            f"the control {spec.control!r} follows the tickets of the real runs: add 'imp' to the controls"
+        )
 
 # %% ../nbs/40_runs.ipynb #02c707c0
 def complete(
@@ -300,21 +479,36 @@ def complete(
     **kwargs,  # passed to `run`: device, root
 ):
     "Run all of it, side by side; at the end a RunsFailed names what failed"
-    if dry.get(): return dry.get()(waves)
+    if dry.get():
+        return dry.get()(waves)
     folder, specs, failed = writable(folder), [s for wave in waves for s in wave], {}
     with alone(folder), watching(folder):
         plan(folder, specs)
-        for s, complaint in (o for wave in waves if wave for o in _attempts(wave, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs)):
-            if complaint: failed.setdefault(complaint, []).append(str(s))
-    if failed: raise RunsFailed(f"{sum(map(len, failed.values()))} of {len(specs)} runs failed, the others are complete; tracebacks are in {folder}/<run>/error.txt. "
-                                + "; ".join(f"{', '.join(runs[:3])}{' ...' if len(runs) > 3 else ''}: {complaint}" for complaint, runs in failed.items()))
+        for s, complaint in (
+            o
+            for wave in waves
+            if wave
+            for o in _attempts(wave, folder, _jobs(jobs, kwargs.get("device", "auto")), kwargs)
+        ):
+            if complaint:
+                failed.setdefault(complaint, []).append(str(s))
+    if failed:
+        raise RunsFailed(
+            f"{sum(map(len, failed.values()))} of {len(specs)} runs failed, the others are complete; tracebacks are in {folder}/<run>/error.txt. "
+            + "; ".join(
+                f"{', '.join(runs[:3])}{' ...' if len(runs) > 3 else ''}: {complaint}"
+                for complaint, runs in failed.items()
+            )
+        )
+
 
 def waves(
     specs: list,  # of Spec, in any order, some perhaps twice
 ) -> list:  # two lists: runs that stand alone, and runs that follow a ticket of one of these
     "The order in which specs can be run; a ValueError for one of which no run can be made"
     specs = list({s.id: s for s in specs}.values())
-    for s in specs: _plausible(s, specs)
+    for s in specs:
+        _plausible(s, specs)
     return [[s for s in specs if _follows(s) == last] for last in (False, True)]
 
 # %% ../nbs/40_runs.ipynb #9291727d
@@ -334,6 +528,11 @@ def collect(
     specs: list | None = None,  # which runs; by default all that are there
 ) -> Flow:
     "The flows of a study's runs, as far as they got"
-    paths = [Path(folder) / s.id / "flow.csv" for s in specs] if specs else sorted(Path(folder).glob("*/flow.csv"))
-    if not paths: raise FileNotFoundError(f"no run in {folder} has written a flow.csv yet")
+    paths = (
+        [Path(folder) / s.id / "flow.csv" for s in specs]
+        if specs
+        else sorted(Path(folder).glob("*/flow.csv"))
+    )
+    if not paths:
+        raise FileNotFoundError(f"no run in {folder} has written a flow.csv yet")
     return Flow.read(*paths)

@@ -17,10 +17,14 @@ def _key(score, wide):
     "Magnitudes as integers of the same order; bf16 and fp16 widen to fp32 without loss"
     return score.abs().double().view(torch.int64) if wide else score.abs().float().view(torch.int32)
 
+
 def _keys(scores, alive, wide, chunk=2**21):
     "Stream the keys of the surviving entries, a chunk at a time"
     for name, s in scores.items():
-        for part, mask in zip(s.detach().flatten().split(chunk), alive[name].flatten().split(chunk)): yield _key(part[mask], wide)
+        for part, mask in zip(
+            s.detach().flatten().split(chunk), alive[name].flatten().split(chunk)
+        ):
+            yield _key(part[mask], wide)
 
 # %% ../nbs/19_selection.ipynb #586a45f7
 def _nth(
@@ -35,7 +39,8 @@ def _nth(
     for shift in range(48 if wide else 16, -1, -16):
         table = torch.zeros(2**16, dtype=torch.int64, device=device)
         for key in _keys(scores, alive, wide):
-            if shift != (48 if wide else 16): key = key[(key >> (shift + 16)) == prefix]
+            if shift != (48 if wide else 16):
+                key = key[(key >> (shift + 16)) == prefix]
             table += torch.bincount((key >> shift) & 0xFFFF, minlength=2**16)
         upto = table.cumsum(0)
         digit = int(torch.searchsorted(upto, n - below))
@@ -51,7 +56,8 @@ def smallest(
 ) -> tuple:  # (name -> bool tensor of those picked, magnitude of the last one picked)
     "Exactly the `n` smallest surviving magnitudes; ties go by tensor order, then by flat index"
     wide = any(s.dtype == torch.float64 for s in scores.values())
-    if n == 0: return {k: torch.zeros_like(m) for k, m in alive.items()}, 0.
+    if n == 0:
+        return {k: torch.zeros_like(m) for k, m in alive.items()}, 0.0
     key, below = _nth(scores, alive, n, wide)
     ties, picked = n - below, {}
     for name, s in scores.items():
@@ -60,7 +66,9 @@ def smallest(
         tied = (live & (k == key)).flatten().nonzero().flatten()[:ties]
         picked[name].view(-1)[tied] = True
         ties -= len(tied)
-    at = torch.tensor(key, dtype=torch.int64 if wide else torch.int32).view(torch.float64 if wide else torch.float32)
+    at = torch.tensor(key, dtype=torch.int64 if wide else torch.int32).view(
+        torch.float64 if wide else torch.float32
+    )
     return picked, at.item()
 
 # %% ../nbs/19_selection.ipynb #27d47da3
@@ -72,11 +80,14 @@ def check_finite(
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             bad = int((~torch.isfinite(t)).sum())
-            raise ValueError(f"{bad} of {t.numel()} {what}s in {name!r} are NaN or infinite: training diverged; lower the learning rate, "
-                             "clip gradients, or look at the data of the last steps")
+            raise ValueError(
+                f"{bad} of {t.numel()} {what}s in {name!r} are NaN or infinite: training diverged; lower the learning rate, "
+                "clip gradients, or look at the data of the last steps"
+            )
 
 # %% ../nbs/19_selection.ipynb #42621c83
 ALIVE = 255  # the round of death of a weight that has not died
+
 
 def above(
     died: torch.Tensor,  # uint8, rounds of death
@@ -85,37 +96,57 @@ def above(
     "Who is alive after round `n`; on a CPU by NumPy, which compares bytes faster than torch"
     return torch.from_numpy(np.asarray(died.numpy() > n)) if died.device.type == "cpu" else died > n
 
+
 def survivors(
     died: torch.Tensor,  # uint8, rounds of death
     n: int,  # round
 ) -> int:
     "How many are alive after round `n`"
-    return int(np.count_nonzero(died.numpy() > n)) if died.device.type == "cpu" else int((died > n).sum())
+    return (
+        int(np.count_nonzero(died.numpy() > n))
+        if died.device.type == "cpu"
+        else int((died > n).sum())
+    )
 
 # %% ../nbs/19_selection.ipynb #078fd662
 def _every(t, start, stride):
     "Entries start, start + stride, ... of the flat order; nothing else is copied"
-    if t.is_contiguous(): return t.view(-1)[start::stride]
+    if t.is_contiguous():
+        return t.view(-1)[start::stride]
     return t[torch.unravel_index(torch.arange(start, t.numel(), stride, device=t.device), t.shape)]
+
 
 def _bracket(
     scores: dict,  # name -> tensor
     died: dict,  # name -> uint8 tensor, rounds of death
     n: int,  # rank, from 1
-) -> tuple:  # (a, b): the n-th smallest surviving magnitude is between them, or the sample was unlucky
+) -> (
+    tuple
+):  # (a, b): the n-th smallest surviving magnitude is between them, or the sample was unlucky
     "Two magnitudes around the `n`-th smallest, from a sample of the weights"
     total = sum(s.numel() for s in scores.values())
-    if total <= 2**16: return 0., math.inf
+    if total <= 2**16:
+        return 0.0, math.inf
     stride, draws, sample = round(total ** (1 / 3)), generator(0, "sieve"), []
-    while math.gcd(stride, 210) > 1: stride += 1  # in step with no usual shape
+    while math.gcd(stride, 210) > 1:
+        stride += 1  # in step with no usual shape
     for name, s in scores.items():
         start = int(torch.randint(stride, (1,), generator=draws))
-        sample.append(_every(s.detach(), start, stride).abs().double()[_every(died[name], start, stride) == ALIVE])
+        sample.append(
+            _every(s.detach(), start, stride)
+            .abs()
+            .double()[_every(died[name], start, stride) == ALIVE]
+        )
     sample, rank = torch.cat(sample).cpu().numpy(), n / stride
-    low, high = math.floor(rank - 5 * math.sqrt(rank) - 1), math.ceil(rank + 5 * math.sqrt(rank) + 1)
+    low, high = (
+        math.floor(rank - 5 * math.sqrt(rank) - 1),
+        math.ceil(rank + 5 * math.sqrt(rank) + 1),
+    )
     ends = [k - 1 for k in (low, high) if 0 < k <= len(sample)]
     ordered = np.partition(sample, ends) if ends else sample
-    return float(ordered[low - 1]) if low > 0 else 0., float(ordered[high - 1]) if high <= len(sample) else math.inf
+    return float(ordered[low - 1]) if low > 0 else 0.0, float(ordered[high - 1]) if high <= len(
+        sample
+    ) else math.inf
 
 # %% ../nbs/19_selection.ipynb #77aa3617
 def _chunks(scores, died):
@@ -126,49 +157,86 @@ def _chunks(scores, died):
         s, dead = s.detach(), died[name].view(-1)
         s, row = (s.view(-1), 1) if s.is_contiguous() else (s, s[0].numel())
         rows = max(1, step // row)
-        out += [(name, i * row, s[i:i + rows], dead[i * row:(i + rows) * row]) for i in range(0, len(s), rows)]
+        out += [
+            (name, i * row, s[i : i + rows], dead[i * row : (i + rows) * row])
+            for i in range(0, len(s), rows)
+        ]
     return out
+
 
 def _sift(size, dead, round, a, b):
     "Mark the survivors below `a` in place; how many they are, and where those between `a` and `b` are"
     cpu = isinstance(size, np.ndarray)
     d = dead.numpy() if cpu else dead
     live, sure, close = d == ALIVE, size < a, size <= b
-    sure &= live; close &= live; close ^= sure
-    if not cpu: dead.masked_fill_(sure, round); return int(sure.sum()), close.nonzero().flatten()
+    sure &= live
+    close &= live
+    close ^= sure
+    if not cpu:
+        dead.masked_fill_(sure, round)
+        return int(sure.sum()), close.nonzero().flatten()
     d -= sure.view(np.uint8) * np.uint8(ALIVE - round)  # arithmetic has no branches to mispredict
     return np.count_nonzero(sure), np.flatnonzero(close)
 
 # %% ../nbs/19_selection.ipynb #7cbf43d2
 def _sieve(scores, died, n, round, wide):
     "Mark the `n` smallest as dead in `round`; the magnitude of the last one, or None if the sample was unlucky"
-    bracket, chunks, most = _bracket(scores, died, n), _chunks(scores, died), sum(s.numel() for s in scores.values()) // 8 + 2**16
+    bracket, chunks, most = (
+        _bracket(scores, died, n),
+        _chunks(scores, died),
+        sum(s.numel() for s in scores.values()) // 8 + 2**16,
+    )
     hands = torch.get_num_threads() if len(chunks) > 64 and chunks[0][2].device.type == "cpu" else 1
     with ThreadPoolExecutor(hands) as pool:  # NumPy lets go of Python's lock while it works
-        shares = list(pool.map(lambda i: _sift_all(chunks[i::hands], round, *bracket, wide, most), range(hands)))
-    if None in shares: check_finite(scores)
-    if [] in shares: return None
+        shares = list(
+            pool.map(
+                lambda i: _sift_all(chunks[i::hands], round, *bracket, wide, most), range(hands)
+            )
+        )
+    if None in shares:
+        check_finite(scores)
+    if [] in shares:
+        return None
     found = [shares[i % hands][i // hands] for i in range(len(chunks))]
     sure, close = sum(count for count, _, _ in found), sum(len(at) for _, at, _ in found)
-    if sure >= n or n > sure + close: return None
+    if sure >= n or n > sure + close:
+        return None
     near = {}
-    for (name, start, _, _), (_, at, size) in zip(chunks, found): near.setdefault(name, []).append((at + start, size))
+    for (name, start, _, _), (_, at, size) in zip(chunks, found):
+        near.setdefault(name, []).append((at + start, size))
     return _settle(near, died, n - sure, round)
+
 
 def _magnitudes(part, wide, desk):
     "The magnitudes of a chunk; on a CPU as an array, written to `desk`"
     part = (part.double() if wide else part.float()).reshape(-1)
-    return part.abs() if part.device.type != "cpu" else np.abs(part.numpy(), out=desk[:part.numel()])
+    return (
+        part.abs() if part.device.type != "cpu" else np.abs(part.numpy(), out=desk[: part.numel()])
+    )
+
 
 def _sift_all(chunks, round, a, b, wide, most):
     "[(how many sure, places and magnitudes of the undecided)] of some chunks; None if something is not finite, [] if more than `most` are undecided"
-    out, desk = [], np.empty(max((part.numel() for _, _, part, _ in chunks), default=0), np.float64 if wide else np.float32)  # one buffer that stays in the cache
+    out, desk = (
+        [],
+        np.empty(
+            max((part.numel() for _, _, part, _ in chunks), default=0),
+            np.float64 if wide else np.float32,
+        ),
+    )  # one buffer that stays in the cache
     for _, _, part, dead in chunks:
         size = _magnitudes(part, wide, desk)
-        if not size.max() < math.inf: return None
+        if not size.max() < math.inf:
+            return None
         count, at = _sift(size, dead, round, a, b)
-        out.append((count, at, size[at]) if part.device.type == "cpu" else (count, at.cpu().numpy(), size[at].cpu().numpy())); most -= len(at)
-        if most < 0: return []
+        out.append(
+            (count, at, size[at])
+            if part.device.type == "cpu"
+            else (count, at.cpu().numpy(), size[at].cpu().numpy())
+        )
+        most -= len(at)
+        if most < 0:
+            return []
     return out
 
 # %% ../nbs/19_selection.ipynb #c65aba50
@@ -191,7 +259,9 @@ def revive(
     round: int,  # the round to undo
 ):
     "Make those alive again that died in `round`"
-    for d in died.values(): d[d == round] = ALIVE
+    for d in died.values():
+        d[d == round] = ALIVE
+
 
 def sieve(
     scores: dict,  # name -> tensor; the magnitude of its entries decides
@@ -200,13 +270,19 @@ def sieve(
     round: int,  # round of death to write, one that nobody died in yet
 ) -> float:  # magnitude of the last one removed, 0 if none was
     "Mark exactly the `n` smallest surviving magnitudes as dead; ties go by tensor order, then by flat index"
-    if n == 0: check_finite(scores); return 0.
+    if n == 0:
+        check_finite(scores)
+        return 0.0
     wide = any(s.dtype == torch.float64 for s in scores.values())
     try:
         at = _sieve(scores, died, n, round, wide)
-        if at is not None: return at
-    except BaseException: revive(died, round); raise
+        if at is not None:
+            return at
+    except BaseException:
+        revive(died, round)
+        raise
     revive(died, round)
     picked, at = smallest(scores, {k: d == ALIVE for k, d in died.items()}, n)
-    for k, gone in picked.items(): died[k][gone] = round
+    for k, gone in picked.items():
+        died[k][gone] = round
     return at

@@ -14,7 +14,16 @@ import pandas as pd
 from scipy import stats
 from .basics import lookup, replacing
 from .connect import barrier, connectivity
-from .elastic import STRATEGIES, at_density, block_map, blocks, fitted, guided, parse, stretch
+from rg_tickets.elastic import (
+    STRATEGIES,
+    at_density,
+    block_map,
+    blocks,
+    fitted,
+    guided,
+    parse,
+    stretch,
+)
 from .flows import interval
 from .progress import note
 from .runs import Spec, build, complete, one_thread, waves, writable, write_csv
@@ -26,15 +35,23 @@ from .transfer import recorded, transfer
 @dataclass(frozen=True)
 class Way:
     "How a network of the target's depth is begun"
+
     stretched: bool  # is the mask (or its counts) the stretched ticket's; else the target's own
     kind: str  # name in `transfer.KINDS`
     weights: str | None  # the backbone's: "source" (those stretched), "target", or as the kind says
     about: str = ""  # in words
 
+
 WAYS = {
-    "stretched": Way(True, "own", None, "the source's ticket through the map: mask, rewind weights, head"),
-    "reinit": Way(True, "transferred", "target", "the stretched mask on the target's own rewind weights"),
-    "layerwise": Way(True, "layerwise", None, "a random mask with the stretched ticket's density in each tensor"),
+    "stretched": Way(
+        True, "own", None, "the source's ticket through the map: mask, rewind weights, head"
+    ),
+    "reinit": Way(
+        True, "transferred", "target", "the stretched mask on the target's own rewind weights"
+    ),
+    "layerwise": Way(
+        True, "layerwise", None, "a random mask with the stretched ticket's density in each tensor"
+    ),
     "uniform": Way(False, "uniform", None, "a random mask with one density in all tensors"),
     "own": Way(False, "own", None, "the target's own ticket"),
     "dense": Way(False, "dense", None, "no mask"),
@@ -44,10 +61,13 @@ WAYS = {
 @dataclass(frozen=True)
 class Stretching:
     "A ticket's way to another depth: everything that decides the record"
+
     source: Spec  # the run that found the ticket
     target: Spec  # the run of the other depth: same task and seed
     map: str = "interpolate"  # a name in `STRATEGIES`, "guided", or the notation of a map; "" where nothing is stretched
-    density: float | None = None  # all are brought to this share of survivors; None: as the map leaves it
+    density: float | None = (
+        None  # all are brought to this share of survivors; None: as the map leaves it
+    )
     kind: str = "stretched"  # a name in `WAYS`
     n: int | None = None  # the source's mask after this many prunings, by default its last
     seeds: tuple = ()  # for "guided": scores are averaged over the source's tickets of these seeds, by default its own
@@ -56,11 +76,26 @@ class Stretching:
     @property
     def id(self) -> str:
         "Folder name: readable front, and a hash of the facts"
-        facts = [self.source.id, self.target.id, self.map, self.density, self.kind, self.n, list(self.seeds)]
-        way = f"{self.source.model}-to-{self.target.model}".replace("cifar_resnet", "r") if WAYS[self.kind].stretched else self.target.model.replace("cifar_resnet", "r")
-        return f"{self.target.task}-{way}-{self.kind}-seed{self.target.seed}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}".replace("/", "_")
+        facts = [
+            self.source.id,
+            self.target.id,
+            self.map,
+            self.density,
+            self.kind,
+            self.n,
+            list(self.seeds),
+        ]
+        way = (
+            f"{self.source.model}-to-{self.target.model}".replace("cifar_resnet", "r")
+            if WAYS[self.kind].stretched
+            else self.target.model.replace("cifar_resnet", "r")
+        )
+        return f"{self.target.task}-{way}-{self.kind}-seed{self.target.seed}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}".replace(
+            "/", "_"
+        )
 
-    def __str__(self): return f"{self.target.task} {self.source.model} to {self.target.model}, {self.kind} {self.map}, seed {self.target.seed}"
+    def __str__(self):
+        return f"{self.target.task} {self.source.model} to {self.target.model}, {self.kind} {self.map}, seed {self.target.seed}"
 
     def run(self, folder, **kwargs):
         "Make the record, once"
@@ -72,31 +107,63 @@ def ranking(
     depth,  # the target, as in `elastic.blocks`
     target=None,  # None: as uniform as possible; exponents to come near to, one table for all or a list with one for each
     **kwargs,  # predict, n, ordered, together: see `elastic.guided`
-) -> pd.DataFrame:  # best first: map, score (mean over tickets), se, density, strategy, forward, rank
+) -> (
+    pd.DataFrame
+):  # best first: map, score (mean over tickets), se, density, strategy, forward, rank
     "All maps to another depth by their mean score"
-    if not tickets: raise ValueError("there is no ticket to rank maps by: give those of the source's seeds")
+    if not tickets:
+        raise ValueError("there is no ticket to rank maps by: give those of the source's seeds")
     wanted = target if isinstance(target, list) else [target] * len(tickets)
-    if len(wanted) != len(tickets): raise ValueError(f"{len(tickets)} tickets and {len(wanted)} flows to come near to: give one, or one for each")
+    if len(wanted) != len(tickets):
+        raise ValueError(
+            f"{len(tickets)} tickets and {len(wanted)} flows to come near to: give one, or one for each"
+        )
     tables = [guided(t, depth, w, **kwargs).set_index("map") for t, w in zip(tickets, wanted)]
-    scores = pd.concat([o.score for o in tables], axis=1).reindex(tables[0].index); first = tables[0]
-    out = first[["strategy", "forward"]].assign(score=scores.mean(axis=1), se=scores.sem(axis=1), density=pd.concat([o.density for o in tables], axis=1).mean(axis=1))
-    out = out.assign(tie=~out.forward).sort_values(["score", "tie"], kind="stable").drop(columns="tie").reset_index()
-    return out.assign(rank=out.score.round(12).rank())[["map", "score", "se", "density", "strategy", "forward", "rank"]]
+    scores = pd.concat([o.score for o in tables], axis=1).reindex(tables[0].index)
+    first = tables[0]
+    out = first[["strategy", "forward"]].assign(
+        score=scores.mean(axis=1),
+        se=scores.sem(axis=1),
+        density=pd.concat([o.density for o in tables], axis=1).mean(axis=1),
+    )
+    out = (
+        out.assign(tie=~out.forward)
+        .sort_values(["score", "tie"], kind="stable")
+        .drop(columns="tie")
+        .reset_index()
+    )
+    return out.assign(rank=out.score.round(12).rank())[
+        ["map", "score", "se", "density", "strategy", "forward", "rank"]
+    ]
 
 # %% ../nbs/40d_stretching.ipynb #140b06fb
-def _ticket(folder, spec): return Ticket.load(Path(folder) / spec.id / "ticket.safetensors")
+def _ticket(folder, spec):
+    return Ticket.load(Path(folder) / spec.id / "ticket.safetensors")
+
 
 def _map(s, folder):
     "The notation of the map of a stretching"
-    if s.map == "guided": return ranking([_ticket(folder, replace(s.source, seed=i)) for i in s.seeds or (s.source.seed,)], blocks(s.target.model), n=s.n)["map"][0]
-    return str(block_map(s.map, s.source.model, s.target.model) if s.map in STRATEGIES else parse(s.map))
+    if s.map == "guided":
+        return ranking(
+            [_ticket(folder, replace(s.source, seed=i)) for i in s.seeds or (s.source.seed,)],
+            blocks(s.target.model),
+            n=s.n,
+        )["map"][0]
+    return str(
+        block_map(s.map, s.source.model, s.target.model) if s.map in STRATEGIES else parse(s.map)
+    )
+
 
 def _brought(s, folder):
     "(ticket to train, its mask's number, notation of the map)"
-    if not WAYS[s.kind].stretched: t, notation = _ticket(folder, s.target), ""
-    else: notation = _map(s, folder); t = stretch(_ticket(folder, s.source), notation, blocks(s.target.model))
+    if not WAYS[s.kind].stretched:
+        t, notation = _ticket(folder, s.target), ""
+    else:
+        notation = _map(s, folder)
+        t = stretch(_ticket(folder, s.source), notation, blocks(s.target.model))
     n = t.history.rounds if s.n is None else s.n
-    if s.density is None or s.kind == "dense": return t, 0 if s.kind == "dense" else n, notation
+    if s.density is None or s.kind == "dense":
+        return t, 0 if s.kind == "dense" else n, notation
     t = at_density(t, s.density, s.target.seed)
     return t, t.history.rounds, notation
 
@@ -107,17 +174,43 @@ def solved(
     device: str = "auto",  # where to train
     root: str = "data",  # folder of downloaded data sets
     report=None,  # called after each epoch with (step, last step)
-) -> tuple:  # (record, trained network); the network is None if the target's run has measured it already
+) -> (
+    tuple
+):  # (record, trained network); the network is None if the target's run has measured it already
     "Train what a stretching says"
-    s, where = stretching, find_device(device); way = lookup(s.kind, WAYS, "kind of stretching")
+    s, where = stretching, find_device(device)
+    way = lookup(s.kind, WAYS, "kind of stretching")
     t, n, notation = _brought(s, folder)
-    more = dict(source=s.source.task, target=s.target.task, kind=s.kind, source_model=s.source.model if way.stretched else s.target.model, model=s.target.model, map=notation,
-                strategy=s.map if way.stretched else "", asked_density=s.density)
-    if report is None and (s.kind == "dense" or (s.kind == "own" and s.density is None)): return recorded(t, n) | more, None
-    task, network = build(s.target, root); apply(_ticket(folder, s.target), network, 0)
+    more = dict(
+        source=s.source.task,
+        target=s.target.task,
+        kind=s.kind,
+        source_model=s.source.model if way.stretched else s.target.model,
+        model=s.target.model,
+        map=notation,
+        strategy=s.map if way.stretched else "",
+        asked_density=s.density,
+    )
+    if report is None and (s.kind == "dense" or (s.kind == "own" and s.density is None)):
+        return recorded(t, n) | more, None
+    task, network = build(s.target, root)
+    apply(_ticket(folder, s.target), network, 0)
     weights = way.weights or (None if way.kind != "transferred" else "source")
-    row = transfer(task, network, t, n, way.kind, weights, Recipe(**s.target.recipe), s.target.seed, device=str(where), folder=Path(folder) / s.id, report=report)
+    row = transfer(
+        task,
+        network,
+        t,
+        n,
+        way.kind,
+        weights,
+        Recipe(**s.target.recipe),
+        s.target.seed,
+        device=str(where),
+        folder=Path(folder) / s.id,
+        report=report,
+    )
     return row | more, network
+
 
 def make(
     stretching: Stretching,  # what to do
@@ -127,24 +220,50 @@ def make(
 ) -> Path:  # the stretching's folder, with stretched.csv
     "Make the record of a stretching, unless it is there"
     home, where = writable(Path(folder) / stretching.id), find_device(device)
-    if (home / "stretched.csv").exists(): note(home, 1, 0, 1, 0, True); return home
-    with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(stretching), indent=1))
-    with one_thread(where): row, _ = solved(stretching, folder, device, root)
+    if (home / "stretched.csv").exists():
+        note(home, 1, 0, 1, 0, True)
+        return home
+    with replacing(home / "config.json") as tmp:
+        tmp.write_text(json.dumps(asdict(stretching), indent=1))
+    with one_thread(where):
+        row, _ = solved(stretching, folder, device, root)
     write_csv(home / "stretched.csv", pd.DataFrame([row]))
-    note(home, 1, 0, 1, 0, True); (home / "error.txt").unlink(missing_ok=True)
+    note(home, 1, 0, 1, 0, True)
+    (home / "error.txt").unlink(missing_ok=True)
     return home
 
 # %% ../nbs/40d_stretching.ipynb #fed4de97
-MAPS = ("interpolate", "append", "interval", "drop-tail", "drop-head", "guided")  # strategies of a matrix; those that do not fit a pair are left out
+MAPS = (
+    "interpolate",
+    "append",
+    "interval",
+    "drop-tail",
+    "drop-head",
+    "guided",
+)  # strategies of a matrix; those that do not fit a pair are left out
+
 
 def _usable(maps, source, target):
     "Names or notations that fit this pair; of equal maps the first"
     out = {}
     for m in maps:
-        if m in STRATEGIES and STRATEGIES[m][1] not in (None, sum(blocks(source)) < sum(blocks(target))): continue
-        if m not in ("guided", *STRATEGIES): fitted(m, source, target)
-        out.setdefault(m if m == "guided" else str(block_map(m, source, target)) if m in STRATEGIES else str(parse(m)), m)
+        if m in STRATEGIES and STRATEGIES[m][1] not in (
+            None,
+            sum(blocks(source)) < sum(blocks(target)),
+        ):
+            continue
+        if m not in ("guided", *STRATEGIES):
+            fitted(m, source, target)
+        out.setdefault(
+            m
+            if m == "guided"
+            else str(block_map(m, source, target))
+            if m in STRATEGIES
+            else str(parse(m)),
+            m,
+        )
     return list(out.values())
+
 
 def stretchings(
     specs: list,  # of Spec, depths, tasks and seeds
@@ -154,19 +273,42 @@ def stretchings(
     kinds: tuple = tuple(WAYS),  # names in `WAYS`
 ) -> list:  # of Stretching
     "Every ticket to every other depth, and what is compared with it"
-    for k in kinds: lookup(k, WAYS, "kind of stretching")
+    for k in kinds:
+        lookup(k, WAYS, "kind of stretching")
     for m in maps:
-        if m not in ("guided", *STRATEGIES) and ":" not in m: lookup(m, STRATEGIES | {"guided": None}, "strategy")
+        if m not in ("guided", *STRATEGIES) and ":" not in m:
+            lookup(m, STRATEGIES | {"guided": None}, "strategy")
     out, facts = [], lambda s: asdict(s) | dict(seed=None)
     for b in specs:
-        for d in densities: out += [Stretching(b, b, "", d, k) for k in kinds if not WAYS[k].stretched and k != "dense"]
-        if "dense" in kinds: out.append(Stretching(b, b, "", None, "dense"))
-        for a in (a for a in specs if (a.task, a.seed) == (b.task, b.seed) and ((a.model, b.model) in pairs if pairs is not None else a.model != b.model)):
-            seeds, fit = tuple(sorted(s.seed for s in specs if facts(s) == facts(a))), _usable(maps, a.model, b.model)
-            if not fit: raise ValueError(f"none of the maps {', '.join(maps)} goes from {a.model} to {b.model}: name one that does, or leave the pair out")
+        for d in densities:
+            out += [
+                Stretching(b, b, "", d, k) for k in kinds if not WAYS[k].stretched and k != "dense"
+            ]
+        if "dense" in kinds:
+            out.append(Stretching(b, b, "", None, "dense"))
+        for a in (
+            a
+            for a in specs
+            if (a.task, a.seed) == (b.task, b.seed)
+            and ((a.model, b.model) in pairs if pairs is not None else a.model != b.model)
+        ):
+            seeds, fit = (
+                tuple(sorted(s.seed for s in specs if facts(s) == facts(a))),
+                _usable(maps, a.model, b.model),
+            )
+            if not fit:
+                raise ValueError(
+                    f"none of the maps {', '.join(maps)} goes from {a.model} to {b.model}: name one that does, or leave the pair out"
+                )
             for d in densities:
-                out += [Stretching(a, b, m, d, "stretched", seeds=seeds if m == "guided" else ()) for m in fit if "stretched" in kinds]
-                out += [Stretching(a, b, fit[0], d, k) for k in ("reinit", "layerwise") if k in kinds]
+                out += [
+                    Stretching(a, b, m, d, "stretched", seeds=seeds if m == "guided" else ())
+                    for m in fit
+                    if "stretched" in kinds
+                ]
+                out += [
+                    Stretching(a, b, fit[0], d, k) for k in ("reinit", "layerwise") if k in kinds
+                ]
     return list({s.id: s for s in out}.values())
 
 # %% ../nbs/40d_stretching.ipynb #91f65b5a
@@ -177,87 +319,168 @@ def stretched(
     **kwargs,  # device, root: see `make`
 ) -> pd.DataFrame:  # a row per item, in order
     "Make the runs that are missing, then the records, and give these"
-    todo = list({s.id: s for s in todo}.values()); plain = [getattr(s, "stretching", s) for s in todo]
+    todo = list({s.id: s for s in todo}.values())
+    plain = [getattr(s, "stretching", s) for s in todo]
     for s in plain:
         if (s.source.task, s.source.seed) != (s.target.task, s.target.seed):
-            raise ValueError(f"{s}: source and target differ in task or seed, and here only the depth changes; for tasks there is `studies.Crossing`")
-    found = [replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [s.target for s in plain]  # the runs that find tickets
+            raise ValueError(
+                f"{s}: source and target differ in task or seed, and here only the depth changes; for tasks there is `studies.Crossing`"
+            )
+    found = [replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [
+        s.target for s in plain
+    ]  # the runs that find tickets
     complete([*waves(found), todo], folder, jobs, **kwargs)
-    paths = [Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv") for s in todo]
-    return pd.concat([pd.read_csv(p, keep_default_na=False, na_values={"asked_density": [""], "loss": ["", "nan"]}) for p in paths], ignore_index=True)
+    paths = [
+        Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv")
+        for s in todo
+    ]
+    return pd.concat(
+        [
+            pd.read_csv(
+                p, keep_default_na=False, na_values={"asked_density": [""], "loss": ["", "nan"]}
+            )
+            for p in paths
+        ],
+        ignore_index=True,
+    )
 
 # %% ../nbs/40d_stretching.ipynb #c76efa7b
-KEYS = ["target", "source_model", "model", "kind", "strategy", "map", "asked_density"]  # what is compared; records that agree in these are repetitions
+KEYS = [
+    "target",
+    "source_model",
+    "model",
+    "kind",
+    "strategy",
+    "map",
+    "asked_density",
+]  # what is compared; records that agree in these are repetitions
+
 
 def beside(
     frame: pd.DataFrame,  # what `stretched` gave, of `Stretching`s
     baseline: str = "own",  # a name in `WAYS`
-    level: float = .95,  # confidence of the interval
+    level: float = 0.95,  # confidence of the interval
 ) -> pd.DataFrame:  # a row per KEYS: score, density, seeds, gap (baseline minus score), se, low, high, sd (of the baseline), close (gap <= sd; NA for one seed)
     "Every kind and map beside a baseline of the same task, depth, density and seed"
     lookup(baseline, WAYS, "kind of stretching")
-    on = ["target", "model", "seed"] + ["source_model"] * (baseline in ("reinit", "layerwise")) + ["asked_density"] * (baseline != "dense")
-    base = frame[frame.kind == baseline].groupby(on, dropna=False).metric.mean().rename("base").reset_index(); rows = []
-    if base.empty: raise ValueError(f"there is no record of kind {baseline!r} to compare with; there are {', '.join(sorted(frame.kind.unique()))}")
+    on = (
+        ["target", "model", "seed"]
+        + ["source_model"] * (baseline in ("reinit", "layerwise"))
+        + ["asked_density"] * (baseline != "dense")
+    )
+    base = (
+        frame[frame.kind == baseline]
+        .groupby(on, dropna=False)
+        .metric.mean()
+        .rename("base")
+        .reset_index()
+    )
+    rows = []
+    if base.empty:
+        raise ValueError(
+            f"there is no record of kind {baseline!r} to compare with; there are {', '.join(sorted(frame.kind.unique()))}"
+        )
     for key, g in frame.merge(base, "inner", on).groupby(KEYS, sort=False, dropna=False):
-        gap, se, low, high = interval(g.base - g.metric, level); sd = g.base.std()
-        about = dict(score=g.metric.mean(), density=g.density.mean(), seeds=len(g)); close = gap <= sd if len(g) > 1 else pd.NA
-        rows.append(dict(zip(KEYS, key)) | about | dict(gap=gap, se=se, low=low, high=high, sd=sd, close=close))
+        gap, se, low, high = interval(g.base - g.metric, level)
+        sd = g.base.std()
+        about = dict(score=g.metric.mean(), density=g.density.mean(), seeds=len(g))
+        close = gap <= sd if len(g) > 1 else pd.NA
+        rows.append(
+            dict(zip(KEYS, key))
+            | about
+            | dict(gap=gap, se=se, low=low, high=high, sd=sd, close=close)
+        )
     return pd.DataFrame(rows).astype(dict(close="boolean"))
 
 # %% ../nbs/40d_stretching.ipynb #740f0bf0
 def placed(
     frame: pd.DataFrame,  # one kind, pair and density: a row per map and run; columns target, seed, map, metric
     chosen: str,  # notation of the map
-    level: float = .95,  # confidence
+    level: float = 0.95,  # confidence
 ) -> dict:  # rank (mean over runs), se, low, high, maps, runs, chance (mean rank of a blind choice), best (the map of the best mean metric)
     "Mean rank of a map among all, 1 for the best"
     wide = frame.pivot(index="map", columns=["target", "seed"], values="metric")
-    if chosen not in wide.index: raise ValueError(f"there is no record of the map {chosen}: there are {len(wide)}, {', '.join(wide.index[:3])}, ...")
+    if chosen not in wide.index:
+        raise ValueError(
+            f"there is no record of the map {chosen}: there are {len(wide)}, {', '.join(wide.index[:3])}, ..."
+        )
     mean, se, low, high = interval(wide.rank(ascending=False).loc[chosen], level)
-    return dict(rank=mean, se=se, low=max(1., low), high=min(float(len(wide)), high), maps=len(wide), runs=wide.shape[1], chance=(len(wide) + 1) / 2, best=wide.mean(axis=1).idxmax())
+    return dict(
+        rank=mean,
+        se=se,
+        low=max(1.0, low),
+        high=min(float(len(wide)), high),
+        maps=len(wide),
+        runs=wide.shape[1],
+        chance=(len(wide) + 1) / 2,
+        best=wide.mean(axis=1).idxmax(),
+    )
+
 
 def agreement(
     frame: pd.DataFrame,  # as in `placed`
     scores: pd.Series,  # map -> score, small is good
-    level: float = .95,  # confidence
+    level: float = 0.95,  # confidence
 ) -> dict:  # rho (mean over runs of Spearman's correlation of score and rank), se, low, high, runs
     "Does a criterion order the maps as training does"
     wide = frame.pivot(index="map", columns=["target", "seed"], values="metric")
     rho = [stats.spearmanr(scores[wide.index], -wide[c]).statistic for c in wide]
     mean, se, low, high = interval(rho, level)
-    return dict(rho=mean, se=se, low=max(-1., low), high=min(1., high), runs=len(rho))
+    return dict(rho=mean, se=se, low=max(-1.0, low), high=min(1.0, high), runs=len(rho))
 
 # %% ../nbs/40d_stretching.ipynb #9ab59209
 @dataclass(frozen=True)
 class Bridge:
     "The line between the solutions of a stretched ticket and of another one"
+
     stretching: Stretching  # one end
     other: str = "own"  # the other end: a name in `WAYS`
     points: int = 11  # on the line, ends included
-    batches: int | None = None  # training batches for the batch-norm statistics of a point, by default an epoch
+    batches: int | None = (
+        None  # training batches for the batch-norm statistics of a point, by default an epoch
+    )
     rounds, kind, trainings = 0, "line", 2  # both ends are trained
 
     @property
-    def source(self) -> Spec: return self.stretching.source
+    def source(self) -> Spec:
+        return self.stretching.source
 
     @property
-    def target(self) -> Spec: return self.stretching.target
+    def target(self) -> Spec:
+        return self.stretching.target
 
     @property
     def id(self) -> str:
         "Folder name"
         return f"line-{self.stretching.id}-{self.other}-{hashlib.sha256(json.dumps([self.points, self.batches]).encode()).hexdigest()[:6]}"
 
-    def __str__(self): return f"line from {self.stretching} to {self.other}"
+    def __str__(self):
+        return f"line from {self.stretching} to {self.other}"
 
     def run(self, folder, device="auto", root="data"):
         "Train both ends and evaluate between them, once"
         home, s, where = writable(Path(folder) / self.id), self.stretching, find_device(device)
         if not (home / "line.csv").exists():
             with one_thread(where):
-                (a, net), (_, end) = (solved(o, folder, device, root, report=lambda *_: None) for o in (s, replace(s, kind=self.other, seeds=())))
-                line = connectivity(net, net.state_dict(), end.state_dict(), build(s.target, root)[0], self.points, batches=self.batches, seed=s.target.seed)
-            write_csv(home / "line.csv", line.assign(**{k: a[k] for k in (*KEYS, "seed")}, other=self.other, barrier=barrier(line)))
-        note(home, 1, 0, 1, 0, True); (home / "error.txt").unlink(missing_ok=True)
+                (a, net), (_, end) = (
+                    solved(o, folder, device, root, report=lambda *_: None)
+                    for o in (s, replace(s, kind=self.other, seeds=()))
+                )
+                line = connectivity(
+                    net,
+                    net.state_dict(),
+                    end.state_dict(),
+                    build(s.target, root)[0],
+                    self.points,
+                    batches=self.batches,
+                    seed=s.target.seed,
+                )
+            write_csv(
+                home / "line.csv",
+                line.assign(
+                    **{k: a[k] for k in (*KEYS, "seed")}, other=self.other, barrier=barrier(line)
+                ),
+            )
+        note(home, 1, 0, 1, 0, True)
+        (home / "error.txt").unlink(missing_ok=True)
         return home

@@ -23,22 +23,37 @@ from .transfer import KINDS, recorded, transfer
 @dataclass(frozen=True)
 class Crossing:
     "A ticket's way to a task: everything that decides the record"
+
     source: Spec  # the run that found the ticket
     target: Spec  # the target's own run: its task, recipe, seed and rewind weights
     n: int  # the mask after this many prunings; 0 for the dense network
     kind: str = "transferred"  # a name in `transfer.KINDS`
-    weights: str | None = None  # where the backbone's weights come from, "source" or "target"; None: as the kind says
+    weights: str | None = (
+        None  # where the backbone's weights come from, "source" or "target"; None: as the kind says
+    )
     keep: tuple = ()  # modules besides the head that stay the target's own and dense
     rounds = 0  # it is a single training; read by `39_progress`
 
     @property
     def id(self) -> str:
         "Folder name: readable front, and a hash of the facts"
-        facts = [self.source.id, self.target.id, self.n, self.kind, self.weights or KINDS[self.kind].weights, list(self.keep)]
-        way = (self.target.task if self.source == self.target else f"{self.source.task}-to-{self.target.task}").replace("/", "_")
+        facts = [
+            self.source.id,
+            self.target.id,
+            self.n,
+            self.kind,
+            self.weights or KINDS[self.kind].weights,
+            list(self.keep),
+        ]
+        way = (
+            self.target.task
+            if self.source == self.target
+            else f"{self.source.task}-to-{self.target.task}"
+        ).replace("/", "_")
         return f"{way}-{self.kind}-round{self.n}-seed{self.target.seed}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
 
-    def __str__(self): return f"{self.source.task} to {self.target.task}, {self.kind}, round {self.n}, seed {self.target.seed}"
+    def __str__(self):
+        return f"{self.source.task} to {self.target.task}, {self.kind}, round {self.n}, seed {self.target.seed}"
 
     def run(self, folder, **kwargs):
         "Make the record, once"
@@ -47,10 +62,28 @@ class Crossing:
 # %% ../nbs/40b_studies.ipynb #89a8e817
 def _made(c, folder, where, root, say):
     "The record of a crossing"
-    source, own = (Ticket.load(Path(folder) / o.id / "ticket.safetensors") for o in (c.source, c.target))
-    if c.kind in ("own", "dense"): return recorded(own, c.n)
-    task, network = build(c.target, root); apply(own, network, 0)
-    return transfer(task, network, source, c.n, c.kind, c.weights, Recipe(**c.target.recipe), c.target.seed, c.keep, str(where), Path(folder) / c.id, report=say)
+    source, own = (
+        Ticket.load(Path(folder) / o.id / "ticket.safetensors") for o in (c.source, c.target)
+    )
+    if c.kind in ("own", "dense"):
+        return recorded(own, c.n)
+    task, network = build(c.target, root)
+    apply(own, network, 0)
+    return transfer(
+        task,
+        network,
+        source,
+        c.n,
+        c.kind,
+        c.weights,
+        Recipe(**c.target.recipe),
+        c.target.seed,
+        c.keep,
+        str(where),
+        Path(folder) / c.id,
+        report=say,
+    )
+
 
 def cross(
     crossing: Crossing,  # what to do
@@ -60,42 +93,69 @@ def cross(
 ) -> Path:  # the crossing's folder
     "Make the record of a crossing, unless it is there"
     home, where = writable(Path(folder) / crossing.id), find_device(device)
-    if (home / "transfer.csv").exists(): note(home, 1, 0, 1, 0, True); return home
-    with replacing(home / "config.json") as tmp: tmp.write_text(json.dumps(asdict(crossing), indent=1))
-    with one_thread(where): row = _made(crossing, folder, where, root, lambda step, steps: note(home, 0, step, steps, 0))
-    name = dict(source={"uniform": "-"}.get(crossing.kind, crossing.source.task), target=crossing.target.task, model=crossing.target.model)  # as the specs call them
+    if (home / "transfer.csv").exists():
+        note(home, 1, 0, 1, 0, True)
+        return home
+    with replacing(home / "config.json") as tmp:
+        tmp.write_text(json.dumps(asdict(crossing), indent=1))
+    with one_thread(where):
+        row = _made(
+            crossing, folder, where, root, lambda step, steps: note(home, 0, step, steps, 0)
+        )
+    name = dict(
+        source={"uniform": "-"}.get(crossing.kind, crossing.source.task),
+        target=crossing.target.task,
+        model=crossing.target.model,
+    )  # as the specs call them
     write_csv(home / "transfer.csv", pd.DataFrame([row | name]))
-    note(home, 1, 0, 1, 0, True); (home / "error.txt").unlink(missing_ok=True)
+    note(home, 1, 0, 1, 0, True)
+    (home / "error.txt").unlink(missing_ok=True)
     return home
 
 # %% ../nbs/40b_studies.ipynb #03e11a05
 def crossings(
     sources: list,  # of Spec: whose tickets
     n: list,  # rounds, 1 or more
-    targets: list | None = None,  # of Spec: the targets' own runs; by default every source is a target too
+    targets: list  # of Spec: the targets' own runs; by default every source is a target too
+    | None = None,  # of Spec: the targets' own runs; by default every source is a target too
     kinds: tuple = tuple(KINDS),  # names in `transfer.KINDS`; "own" is needed for gaps
     weights: tuple = (None,),  # for "transferred": "source", "target", or both
     keep: tuple = (),  # modules besides the head that stay the targets' own and dense
 ) -> list:  # of Crossing
     "Every source to every other target of the same seed, and what is compared with it"
     out, targets = [], sources if targets is None else targets
-    for kind in kinds: lookup(kind, KINDS, "kind of transfer")
+    for kind in kinds:
+        lookup(kind, KINDS, "kind of transfer")
     for t in targets:
         others = [s for s in sources if s.seed == t.seed and s.task != t.task]
         _fit(t, others, n)
         for k in kinds:
-            if k == "dense": out.append(Crossing(t, t, 0, k))
-            elif k in ("own", "uniform"): out += [Crossing(t, t, i, k) for i in n]
-            else: out += [Crossing(s, t, i, k, w, tuple(keep)) for s in others for i in n for w in (weights if k == "transferred" else (None,))]
+            if k == "dense":
+                out.append(Crossing(t, t, 0, k))
+            elif k in ("own", "uniform"):
+                out += [Crossing(t, t, i, k) for i in n]
+            else:
+                out += [
+                    Crossing(s, t, i, k, w, tuple(keep))
+                    for s in others
+                    for i in n
+                    for w in (weights if k == "transferred" else (None,))
+                ]
     return list({c.id: c for c in out}.values())
+
 
 def _fit(target, sources, n):
     "Refuse rounds and models of which no transfer can be made"
     for o in (target, *sources):
         if o.model != target.model:
-            raise ValueError(f"the ticket of {o} is of a {o.model}, and {target} of a {target.model}: a ticket goes to its own model here, and `32_elastic` takes it to another depth")
+            raise ValueError(
+                f"the ticket of {o} is of a {o.model}, and {target} of a {target.model}: a ticket goes to its own model here, and `32_elastic` takes it to another depth"
+            )
         for i in n:
-            if not 1 <= i <= o.rounds: raise ValueError(f"round {i} was asked for, and {o} prunes {o.rounds} times: ask for rounds 1 to {o.rounds}")
+            if not 1 <= i <= o.rounds:
+                raise ValueError(
+                    f"round {i} was asked for, and {o} prunes {o.rounds} times: ask for rounds 1 to {o.rounds}"
+                )
 
 # %% ../nbs/40b_studies.ipynb #91d3f0e2
 def transfers(
@@ -106,56 +166,148 @@ def transfers(
 ) -> pd.DataFrame:  # a row per crossing, for `transfer.gaps`
     "Make the runs that are missing, then the crossings, and give their records"
     crossings = list({c.id: c for c in crossings}.values())
-    complete([*waves([o for c in crossings for o in (c.source, c.target)]), crossings], folder, jobs, **kwargs)
+    complete(
+        [*waves([o for c in crossings for o in (c.source, c.target)]), crossings],
+        folder,
+        jobs,
+        **kwargs,
+    )
     return records(folder, crossings)
+
 
 def records(
     folder,  # the study's folder
     crossings: list | None = None,  # which; by default all that are done
 ) -> pd.DataFrame:  # a row per crossing
     "The records of a study's crossings"
-    paths = [Path(folder) / c.id / "transfer.csv" for c in crossings] if crossings else sorted(Path(folder).glob("*/transfer.csv"))
-    if not paths: raise FileNotFoundError(f"no crossing in {folder} is done yet")
+    paths = (
+        [Path(folder) / c.id / "transfer.csv" for c in crossings]
+        if crossings
+        else sorted(Path(folder).glob("*/transfer.csv"))
+    )
+    if not paths:
+        raise FileNotFoundError(f"no crossing in {folder} is done yet")
     return pd.concat([pd.read_csv(p) for p in paths], ignore_index=True)
 
 # %% ../nbs/40b_studies.ipynb #0e98b45f
-_ALL = {"model": ("resnet50", "all scripts"), "rounds": (18, "all scripts: 19 states, the dense one is the first"), "prune": (.2, "all scripts: 20 % of the surviving weights"),
-        "preset": ("cv_lth", "all scripts: neither the first convolution nor the classifier")}
+_ALL = {
+    "model": ("resnet50", "all scripts"),
+    "rounds": (18, "all scripts: 19 states, the dense one is the first"),
+    "prune": (0.2, "all scripts: 20 % of the surviving weights"),
+    "preset": ("cv_lth", "all scripts: neither the first convolution nor the classifier"),
+}
 _DOWN = "main_imp_downstream"
 _DOWNSTREAM = _ALL | {
-    "stem": ("cifar", f"{_DOWN}: 3 x 3, stride 1, no max-pooling"), "prune_type": ("lt", f"{_DOWN}: one of lt, pt, rewind_lt, pt_trans"), "split": ("original", f"{_DOWN}: the last 5,000 pictures are for validation"),
-    "epochs": (182, f"{_DOWN}, each round"), "batch_size": (256, f"{_DOWN} (its evaluation: 128)"), "optimizer": ("sgd", _DOWN), "lr": (.1, _DOWN), "momentum": (.9, _DOWN), "weight_decay": (2e-4, _DOWN),
-    "schedule": ("drops", _DOWN), "drops": ((91, 136), f"{_DOWN}: to a tenth each"), "gamma": (.1, _DOWN), "warmup": (1., f"{_DOWN}: one epoch")}
-_PRETRAINED = _ALL | {"prune_type": ("pt_trans", "pre-training scripts: from the pre-trained weights and back to them"), "epochs": (10, "pre-training scripts, each round"), "batch_size": (256, "pre-training scripts"),
-                      "optimizer": ("sgd", "main_imp_imagenet, main_moco"), "momentum": (.9, "main_imp_imagenet, main_moco"), "weight_decay": (1e-4, "main_imp_imagenet, main_moco"), "schedule": ("constant", "pre-training scripts")}
+    "stem": ("cifar", f"{_DOWN}: 3 x 3, stride 1, no max-pooling"),
+    "prune_type": ("lt", f"{_DOWN}: one of lt, pt, rewind_lt, pt_trans"),
+    "split": ("original", f"{_DOWN}: the last 5,000 pictures are for validation"),
+    "epochs": (182, f"{_DOWN}, each round"),
+    "batch_size": (256, f"{_DOWN} (its evaluation: 128)"),
+    "optimizer": ("sgd", _DOWN),
+    "lr": (0.1, _DOWN),
+    "momentum": (0.9, _DOWN),
+    "weight_decay": (2e-4, _DOWN),
+    "schedule": ("drops", _DOWN),
+    "drops": ((91, 136), f"{_DOWN}: to a tenth each"),
+    "gamma": (0.1, _DOWN),
+    "warmup": (1.0, f"{_DOWN}: one epoch"),
+}
+_PRETRAINED = _ALL | {
+    "prune_type": (
+        "pt_trans",
+        "pre-training scripts: from the pre-trained weights and back to them",
+    ),
+    "epochs": (10, "pre-training scripts, each round"),
+    "batch_size": (256, "pre-training scripts"),
+    "optimizer": ("sgd", "main_imp_imagenet, main_moco"),
+    "momentum": (0.9, "main_imp_imagenet, main_moco"),
+    "weight_decay": (1e-4, "main_imp_imagenet, main_moco"),
+    "schedule": ("constant", "pre-training scripts"),
+}
 
 # %% ../nbs/40b_studies.ipynb #d5ed54f0
 CV_LTH = {  # task -> field of a Spec, a Recipe, or an option of the task -> (value, where it is written)
-    "imagenet": _PRETRAINED | {"lr": (1e-4, "main_imp_imagenet"), "pretrained": ("torchvision:IMAGENET1K_V1", "main_imp_imagenet: torchvision's")},
-    "imagenet/simclr": _PRETRAINED | {
-        "lr": (1e-4, "main_imp_simclr"), "optimizer": ("lars", "main_imp_simclr: eta 0.001"), "weight_decay": (1e-6, "main_imp_simclr"), "epochs": (10, "main_imp_simclr: prun_epoch"),
-        "temperature": (.5, "main_imp_simclr"), "pretrained": ("data/resnet50-1x.pth", "main_imp_simclr: the converted checkpoint of SimCLR's authors")},
-    "imagenet/moco": _PRETRAINED | {
-        "lr": (3e-4, "main_moco: fix_lr wins over --cos"), "epochs": (10, "main_moco: retrain_epoch"), "queue": (65536, "main_moco: K"), "temperature": (.2, "main_moco: T"), "momentum_key": (.999, "main_moco: m"),
-        "pretrained": ("data/moco_v2_800ep_pretrain.pth.tar", "main_moco: the checkpoint of MoCo's authors")},
+    "imagenet": _PRETRAINED
+    | {
+        "lr": (1e-4, "main_imp_imagenet"),
+        "pretrained": ("torchvision:IMAGENET1K_V1", "main_imp_imagenet: torchvision's"),
+    },
+    "imagenet/simclr": _PRETRAINED
+    | {
+        "lr": (1e-4, "main_imp_simclr"),
+        "optimizer": ("lars", "main_imp_simclr: eta 0.001"),
+        "weight_decay": (1e-6, "main_imp_simclr"),
+        "epochs": (10, "main_imp_simclr: prun_epoch"),
+        "temperature": (0.5, "main_imp_simclr"),
+        "pretrained": (
+            "data/resnet50-1x.pth",
+            "main_imp_simclr: the converted checkpoint of SimCLR's authors",
+        ),
+    },
+    "imagenet/moco": _PRETRAINED
+    | {
+        "lr": (3e-4, "main_moco: fix_lr wins over --cos"),
+        "epochs": (10, "main_moco: retrain_epoch"),
+        "queue": (65536, "main_moco: K"),
+        "temperature": (0.2, "main_moco: T"),
+        "momentum_key": (0.999, "main_moco: m"),
+        "pretrained": (
+            "data/moco_v2_800ep_pretrain.pth.tar",
+            "main_moco: the checkpoint of MoCo's authors",
+        ),
+    },
     **{name: _DOWNSTREAM for name in ("cifar10", "cifar100", "svhn", "fashion_mnist")},
-    "visda2017": _ALL | {
-        "prune_type": ("lt", "main_imp_visda: lt or pt_trans"), "epochs": (20, "main_imp_visda"), "batch_size": (256, "README (the script's default: 128 and 64)"), "optimizer": ("sgd", "main_imp_visda"), "lr": (1e-3, "main_imp_visda"),
-        "momentum": (.9, "main_imp_visda"), "weight_decay": (5e-4, "main_imp_visda"), "schedule": ("drops", "main_imp_visda"), "drops": ((10,), "main_imp_visda: from epoch 10"), "gamma": (.1, "main_imp_visda")},
+    "visda2017": _ALL
+    | {
+        "prune_type": ("lt", "main_imp_visda: lt or pt_trans"),
+        "epochs": (20, "main_imp_visda"),
+        "batch_size": (256, "README (the script's default: 128 and 64)"),
+        "optimizer": ("sgd", "main_imp_visda"),
+        "lr": (1e-3, "main_imp_visda"),
+        "momentum": (0.9, "main_imp_visda"),
+        "weight_decay": (5e-4, "main_imp_visda"),
+        "schedule": ("drops", "main_imp_visda"),
+        "drops": ((10,), "main_imp_visda: from epoch 10"),
+        "gamma": (0.1, "main_imp_visda"),
+    },
 }
 
 # %% ../nbs/40b_studies.ipynb #f8e047b2
 QUIRKS = [  # (what the original does, what is done here, what legacy=True does)
-    ("SimCLR's loss is -ln(mean p), its views are not blurred", "the mean of -ln(p), and blur", "as the original"),
-    ("SimCLR reads pictures in one order, and its optimizer is never reset", "shuffled, and reset every round", "not reproduced"),
+    (
+        "SimCLR's loss is -ln(mean p), its views are not blurred",
+        "the mean of -ln(p), and blur",
+        "as the original",
+    ),
+    (
+        "SimCLR reads pictures in one order, and its optimizer is never reset",
+        "shuffled, and reset every round",
+        "not reproduced",
+    ),
     ("MoCo resets neither optimizer nor queue between rounds", "both go back", "not reproduced"),
-    ("on several GPUs, ImageNet and VisDA rank |pre-trained weight x mask|, so their masks are nested one-shot masks", "trained weights are ranked", "not reproduced; control 'untrained' has these masks"),
-    ("on several GPUs, SimCLR ranks weights one round old", "trained weights are ranked", "not reproduced"),
+    (
+        "on several GPUs, ImageNet and VisDA rank |pre-trained weight x mask|, so their masks are nested one-shot masks",
+        "trained weights are ranked",
+        "not reproduced; control 'untrained' has these masks",
+    ),
+    (
+        "on several GPUs, SimCLR ranks weights one round old",
+        "trained weights are ranked",
+        "not reproduced",
+    ),
     ("the epoch that does best in validation is reported", "the last epoch", "not reproduced"),
     ("seed 0 is ignored", "every seed is a seed", "not reproduced"),
     ("SGD without Nesterov's momentum", "with it", "not reproduced"),
-    ("pre-training runs take the first convolution and the head from the file", "prune type pt_trans leaves both", "not reproduced"),
-    ("detection with YOLOv4, segmentation with DeepLabV3+", "torchvision's Faster R-CNN and DeepLabV3 (`14a_voc`)", "not reproduced"),
+    (
+        "pre-training runs take the first convolution and the head from the file",
+        "prune type pt_trans leaves both",
+        "not reproduced",
+    ),
+    (
+        "detection with YOLOv4, segmentation with DeepLabV3+",
+        "torchvision's Faster R-CNN and DeepLabV3 (`14a_voc`)",
+        "not reproduced",
+    ),
 ]
 
 # %% ../nbs/40b_studies.ipynb #d7431bfb
@@ -168,29 +320,71 @@ def original(
     numbers = {k: v for k, (v, _) in lookup(task, CV_LTH, "task of the original study").items()}
     recipe = {k: v for k, v in numbers.items() if k in Recipe.__dataclass_fields__}
     spec = {k: v for k, v in numbers.items() if k in Spec.__dataclass_fields__ and k not in recipe}
-    options = {k.removesuffix("_key"): v for k, v in numbers.items() if k not in recipe and k not in spec}
-    if facts.get("prune_type", spec["prune_type"]) != "pt_trans": spec["pretrained"] = None
-    if legacy and task == "imagenet/simclr": options["legacy"] = True
+    options = {
+        k.removesuffix("_key"): v for k, v in numbers.items() if k not in recipe and k not in spec
+    }
+    if facts.get("prune_type", spec["prune_type"]) != "pt_trans":
+        spec["pretrained"] = None
+    if legacy and task == "imagenet/simclr":
+        options["legacy"] = True
     return Spec(task, **spec | dict(recipe=recipe, options=options) | facts)
+
 
 def sources() -> pd.DataFrame:  # a row per task and field: value, source
     "Every number of the original study that is used, and where it is written"
-    rows = [(task, k, v, where) for task, numbers in CV_LTH.items() for k, (v, where) in numbers.items()]
-    return pd.DataFrame(rows, columns=["task", "field", "value", "source"]).set_index(["task", "field"])
+    rows = [
+        (task, k, v, where) for task, numbers in CV_LTH.items() for k, (v, where) in numbers.items()
+    ]
+    return pd.DataFrame(rows, columns=["task", "field", "value", "source"]).set_index(
+        ["task", "field"]
+    )
 
 # %% ../nbs/40b_studies.ipynb #72a7b596
-_GLUE = dict(recipe=dict(epochs=3, batch_size=32, lr=2e-5), options=dict(length=128))  # README: save_steps of 3 epochs, 32 a step, 2e-5, 128 pieces
+_GLUE = dict(
+    recipe=dict(epochs=3, batch_size=32, lr=2e-5), options=dict(length=128)
+)  # README: save_steps of 3 epochs, 32 a step, 2e-5, 128 pieces
 BERT_TICKETS = {  # head of the task -> what its script sets
-    "classes": _GLUE, "value": _GLUE,
-    "span": dict(recipe=dict(epochs=4, batch_size=16, lr=3e-5), options=dict(length=384)),  # LT_squad.py: save_steps of 4 epochs, 16 a step, 3e-5, 384 pieces (stride 128)
-    "mlm": dict(recipe=dict(epochs=1, batch_size=16, lr=5e-5), options=dict(length=512), n_train=160_000),  # LT_pretrain.py: 10,000 steps of 16, 5e-5, the longest window
+    "classes": _GLUE,
+    "value": _GLUE,
+    "span": dict(
+        recipe=dict(epochs=4, batch_size=16, lr=3e-5), options=dict(length=384)
+    ),  # LT_squad.py: save_steps of 4 epochs, 16 a step, 3e-5, 384 pieces (stride 128)
+    "mlm": dict(
+        recipe=dict(epochs=1, batch_size=16, lr=5e-5), options=dict(length=512), n_train=160_000
+    ),  # LT_pretrain.py: 10,000 steps of 16, 5e-5, the longest window
 }
 TEXT_SCALES = {  # scale -> (what all text tasks have, what the head of a task changes)
-    "smoke": (dict(model="tiny", rounds=2, prune=.4, n_train=96, n_test=64, recipe=dict(epochs=1, batch_size=16, lr=1e-3), options=dict(length=24)), {}),
-    "embedded": (dict(model="minilm3", preset="encoder", rounds=4, prune=.3, n_train=1200, n_test=500, recipe=dict(epochs=1, batch_size=8, lr=2e-4, precision="bf16"), options=dict(length=24)),
-                 {"value": dict(options=dict(length=32)), "span": dict(options=dict(length=64))}),
-    "paper": (dict(model="bert-base-uncased", rounds=9, prune=.1, schedule="arithmetic"), BERT_TICKETS),  # 10 %, 20 %, ... 90 % of the original weights
+    "smoke": (
+        dict(
+            model="tiny",
+            rounds=2,
+            prune=0.4,
+            n_train=96,
+            n_test=64,
+            recipe=dict(epochs=1, batch_size=16, lr=1e-3),
+            options=dict(length=24),
+        ),
+        {},
+    ),
+    "embedded": (
+        dict(
+            model="minilm3",
+            preset="encoder",
+            rounds=4,
+            prune=0.3,
+            n_train=1200,
+            n_test=500,
+            recipe=dict(epochs=1, batch_size=8, lr=2e-4, precision="bf16"),
+            options=dict(length=24),
+        ),
+        {"value": dict(options=dict(length=32)), "span": dict(options=dict(length=64))},
+    ),
+    "paper": (
+        dict(model="bert-base-uncased", rounds=9, prune=0.1, schedule="arithmetic"),
+        BERT_TICKETS,
+    ),  # 10 %, 20 %, ... 90 % of the original weights
 }
+
 
 def text_run(
     task: str,  # a text task
@@ -199,7 +393,14 @@ def text_run(
     **facts,  # fields of `Spec` that differ
 ) -> Spec:
     "The run of a text task, from the pre-trained weights and back to them"
-    common, by_head = lookup(scale, TEXT_SCALES, "scale"); mine = by_head.get(lookup(task.split("/")[0], TASKS, "text task").head, {})
-    adamw = dict(optimizer="adamw", weight_decay=0., schedule="linear", clip=1.)  # LT_glue.py: weight decay 0, linear decay, max_grad_norm 1
+    common, by_head = lookup(scale, TEXT_SCALES, "scale")
+    mine = by_head.get(lookup(task.split("/")[0], TASKS, "text task").head, {})
+    adamw = dict(
+        optimizer="adamw", weight_decay=0.0, schedule="linear", clip=1.0
+    )  # LT_glue.py: weight decay 0, linear decay, max_grad_norm 1
     how = adamw | common.get("recipe", {}) | mine.get("recipe", {}) | (recipe or {})
-    return Spec(task, rewind="pretrained", **dict(preset="bert_tickets") | common | mine | facts | dict(recipe=how))
+    return Spec(
+        task,
+        rewind="pretrained",
+        **dict(preset="bert_tickets") | common | mine | facts | dict(recipe=how),
+    )

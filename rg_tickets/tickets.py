@@ -22,22 +22,27 @@ def _bytes(tensor):
     "The tensor's bits as a NumPy array of bytes, whatever its dtype"
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
+
 def digest(
     tensors: dict,  # name -> tensor, on any device
     text: str = "",  # what else to cover
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 over names, types, shapes and the hash of each tensor's bits"
     names, one = sorted(tensors), lambda name: hashlib.sha256(_bytes(tensors[name])).digest()
-    if sum(t.nbytes for t in tensors.values()) < 2**20: parts = map(one, names)
+    if sum(t.nbytes for t in tensors.values()) < 2**20:
+        parts = map(one, names)
     else:
-        with ThreadPoolExecutor(4) as pool: parts = list(pool.map(one, names))  # hashing releases Python's lock
+        with ThreadPoolExecutor(4) as pool:
+            parts = list(pool.map(one, names))  # hashing releases Python's lock
     h = hashlib.sha256(text.encode())
-    for name, part in zip(names, parts): h.update(f"|{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode() + part)
+    for name, part in zip(names, parts):
+        h.update(f"|{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode() + part)
     return h.hexdigest()
 
 # %% ../nbs/21_tickets.ipynb #e3f2bc1a
 class TicketError(ValueError):
     "A file that is damaged, foreign, or made for another network"
+
 
 def _plain(tensors):
     "Contiguous CPU tensors, none sharing memory with another"
@@ -57,47 +62,84 @@ def save_tensors(
 ):
     "Write tensors and header to one safetensors file, whole or not at all"
     tensors, text = _plain(tensors), json.dumps(header)
-    note = json.dumps(dict(kind=kind, format=1, sha256=_BLANK, header=text))  # one entry: safetensors keeps no order
+    note = json.dumps(
+        dict(kind=kind, format=1, sha256=_BLANK, header=text)
+    )  # one entry: safetensors keeps no order
     with ThreadPoolExecutor(1) as pool, replacing(path) as tmp:
         checksum = pool.submit(digest, tensors, kind + text)  # while the file is being written
-        try: save_file(tensors, tmp, {"rg_tickets": note})
-        except SafetensorError as e: raise _refused(e) from e
+        try:
+            save_file(tensors, tmp, {"rg_tickets": note})
+        except SafetensorError as e:
+            raise _refused(e) from e
         _stamp(tmp, checksum.result())
 
+
 _BLANK = "0" * 64
+
 
 def _refused(error):
     "What the file system said, out of what safetensors says it said"
     code = re.search(r"os error (\d+)", str(error)) if os.name == "posix" else None
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(errno.EIO, str(error))
+    return (
+        OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(errno.EIO, str(error))
+    )
+
 
 def _stamp(path, checksum):
     "Write the checksum into its place in the header"
     with open(path, "r+b") as f:
         start = f.read(8 + int.from_bytes(f.read(8), "little"))
-        f.seek(8 + start.index(_BLANK.encode())); f.write(checksum.encode())
+        f.seek(8 + start.index(_BLANK.encode()))
+        f.write(checksum.encode())
 
 # %% ../nbs/21_tickets.ipynb #5a9edc48
 def _some(items, limit=3):
     "The first few of `items`, and how many more"
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    return ", ".join(items[:limit]) + (
+        f" and {len(items) - limit} more" if len(items) > limit else ""
+    )
+
 
 def _not_safetensors(path, error):
     "Say what a file that is no safetensors file looks like"
-    with open(path, "rb") as f: start = f.read(9)
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{"):  # a safetensors file has a length in eight bytes, then a brace
-        return TicketError(f"{path} is a torch.save or pickle file. Loading one can run code, so it is not opened; convert it to safetensors where it was made")
-    return TicketError(f"{path} cannot be read as safetensors ({error}): it was cut short, damaged, or is another kind of file. Copy it again, or make it again from its run")
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[:2] == b"PK" or (
+        start[:1] == b"\x80" and start[8:] != b"{"
+    ):  # a safetensors file has a length in eight bytes, then a brace
+        return TicketError(
+            f"{path} is a torch.save or pickle file. Loading one can run code, so it is not opened; convert it to safetensors where it was made"
+        )
+    return TicketError(
+        f"{path} cannot be read as safetensors ({error}): it was cut short, damaged, or is another kind of file. Copy it again, or make it again from its run"
+    )
 
 # %% ../nbs/21_tickets.ipynb #eea2f9c5
 def _note(path, kind, f):
     "What the header of an open safetensors file says, after checking that it is ours and of the right kind"
     text = (f.metadata() or {}).get("rg_tickets")
-    if text is None: raise TicketError(f"{path} is a safetensors file, but not one of ours: it holds {_some(list(f.keys()))} and no rg_tickets header")
-    try: note = json.loads(text); found, version, _, _ = note["kind"], note["format"], note["header"] + "", note["sha256"] + ""
-    except (ValueError, KeyError, TypeError, RecursionError): raise TicketError(f"{path} is damaged: its header cannot be read. Copy it again, or make it again from its run") from None
-    if found != kind: raise TicketError(f"{path} is a {found} file, not a {kind} file")
-    if version != 1: raise TicketError(f"{path} is written in format {version!r}, this version of rg_tickets reads format 1: upgrade it")
+    if text is None:
+        raise TicketError(
+            f"{path} is a safetensors file, but not one of ours: it holds {_some(list(f.keys()))} and no rg_tickets header"
+        )
+    try:
+        note = json.loads(text)
+        found, version, _, _ = (
+            note["kind"],
+            note["format"],
+            note["header"] + "",
+            note["sha256"] + "",
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise TicketError(
+            f"{path} is damaged: its header cannot be read. Copy it again, or make it again from its run"
+        ) from None
+    if found != kind:
+        raise TicketError(f"{path} is a {found} file, not a {kind} file")
+    if version != 1:
+        raise TicketError(
+            f"{path} is written in format {version!r}, this version of rg_tickets reads format 1: upgrade it"
+        )
     return note
 
 # %% ../nbs/21_tickets.ipynb #ca33ca3d
@@ -107,12 +149,16 @@ def load_tensors(
 ) -> tuple:  # (name -> CPU tensor, header)
     "Read a file back, or raise a TicketError that says what is wrong with it; no code in the file is ever run"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(path))
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"no {kind} file here", str(path))
     for last in (False, False, True):
         file = path.stat().st_ino
-        try: return _load(path, kind)
+        try:
+            return _load(path, kind)
         except TicketError:
-            if last or path.stat().st_ino == file: raise  # else it was replaced while we read: look again
+            if last or path.stat().st_ino == file:
+                raise  # else it was replaced while we read: look again
+
 
 def _load(path, kind):
     "One attempt of `load_tensors`"
@@ -120,40 +166,77 @@ def _load(path, kind):
         with safe_open(path, "pt") as f:
             note = _note(path, kind, f)
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except TicketError: raise
-    except (SafetensorError, UnicodeDecodeError, ValueError, RuntimeError, OverflowError) as e: raise _not_safetensors(path, e) from e
-    if digest(tensors, kind + note["header"]) != note["sha256"]: raise TicketError(f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run")
+    except TicketError:
+        raise
+    except (SafetensorError, UnicodeDecodeError, ValueError, RuntimeError, OverflowError) as e:
+        raise _not_safetensors(path, e) from e
+    if digest(tensors, kind + note["header"]) != note["sha256"]:
+        raise TicketError(
+            f"{path} is damaged: its checksum does not agree with its content. Copy it again, or make it again from its run"
+        )
     return tensors, json.loads(note["header"])
 
 # %% ../nbs/21_tickets.ipynb #b735bccc
 @dataclass
 class Ticket:
     "Rewind weights, every mask, what was measured, and what made it"
+
     weights: dict  # name -> tensor: the state to rewind to, batch-norm statistics and head included
     history: MaskHistory  # which weights died when
     rounds: list = field(default_factory=list)  # what each round measured: plain dicts
     about: dict = field(default_factory=dict)  # provenance: task, model, recipe, seed, versions
-    threshold: float = 0.  # magnitude of the last weight that was removed
+    threshold: float = 0.0  # magnitude of the last weight that was removed
 
     def save(self, path):
         "Write the ticket to `path`, whole or not at all"
-        tensors = {f"weights/{k}": t for k, t in self.weights.items()} | {f"died/{k}": d for k, d in self.history.died.items()}
-        save_tensors(path, tensors, dict(prunings=self.history.rounds, rounds=self.rounds, about=self.about, threshold=self.threshold), "ticket")
+        tensors = {f"weights/{k}": t for k, t in self.weights.items()} | {
+            f"died/{k}": d for k, d in self.history.died.items()
+        }
+        save_tensors(
+            path,
+            tensors,
+            dict(
+                prunings=self.history.rounds,
+                rounds=self.rounds,
+                about=self.about,
+                threshold=self.threshold,
+            ),
+            "ticket",
+        )
 
     @classmethod
     def load(cls, path):
         "Read a ticket; a damaged or foreign file raises a TicketError that says what is wrong"
         tensors, header = load_tensors(path, "ticket")
-        part = lambda prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        try: ticket = cls(part("weights/"), MaskHistory(part("died/"), header["prunings"]), header["rounds"], header["about"], header["threshold"])
-        except (KeyError, TypeError) as e: raise TicketError(f"{path} is no whole ticket: its header lacks {e}. It was not written by `Ticket.save`") from None
+        part = lambda prefix: {
+            k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+        }
+        try:
+            ticket = cls(
+                part("weights/"),
+                MaskHistory(part("died/"), header["prunings"]),
+                header["rounds"],
+                header["about"],
+                header["threshold"],
+            )
+        except (KeyError, TypeError) as e:
+            raise TicketError(
+                f"{path} is no whole ticket: its header lacks {e}. It was not written by `Ticket.save`"
+            ) from None
         return ticket.sound(path)
 
     def sound(self, path):
         "The ticket itself, if masks and weights belong together"
         died, n = self.history.died, self.history.rounds
-        bad = [k for k, d in died.items() if d.dtype != torch.uint8 or k not in self.weights or self.weights[k].shape != d.shape]
-        if bad or not (isinstance(n, int) and 0 <= n < 255): raise TicketError(f"{path} contradicts itself: {_some(bad) or n} is no mask of its weights. It was not written by `Ticket.save`")
+        bad = [
+            k
+            for k, d in died.items()
+            if d.dtype != torch.uint8 or k not in self.weights or self.weights[k].shape != d.shape
+        ]
+        if bad or not (isinstance(n, int) and 0 <= n < 255):
+            raise TicketError(
+                f"{path} contradicts itself: {_some(bad) or n} is no mask of its weights. It was not written by `Ticket.save`"
+            )
         return self
 
     def __repr__(self):
@@ -170,11 +253,24 @@ def fits(
     outside = lambda k: head or not k.startswith(tuple(f"{o}." for o in mine))
     want = {k: t for k, t in ticket.weights.items() if outside(k)}
     have = {k: t for k, t in network.state_dict().items() if outside(k)}
-    problems = [("the network has no", [k for k in want if k not in have]), ("the ticket has no", [k for k in have if k not in want]),
-                ("the shapes differ for", [f"{k} ({tuple(t.shape)} in the ticket, {tuple(have[k].shape)} in the network)" for k, t in want.items() if k in have and have[k].shape != t.shape])]
+    problems = [
+        ("the network has no", [k for k in want if k not in have]),
+        ("the ticket has no", [k for k in have if k not in want]),
+        (
+            "the shapes differ for",
+            [
+                f"{k} ({tuple(t.shape)} in the ticket, {tuple(have[k].shape)} in the network)"
+                for k, t in want.items()
+                if k in have and have[k].shape != t.shape
+            ],
+        ),
+    ]
     wrong = "; ".join(f"{what} {_some(names)}" for what, names in problems if names)
-    if wrong: raise TicketError(f"this ticket ({ticket.about.get('model', 'no model named')}) does not fit the network: {wrong}. Build the network the ticket was made for"
-                                + ("; for another task's head, use head=False" if head else ""))
+    if wrong:
+        raise TicketError(
+            f"this ticket ({ticket.about.get('model', 'no model named')}) does not fit the network: {wrong}. Build the network the ticket was made for"
+            + ("; for another task's head, use head=False" if head else "")
+        )
     return want
 
 # %% ../nbs/21_tickets.ipynb #49bf3fc2
@@ -188,5 +284,6 @@ def apply(
     "Copy the rewind weights into `network` and set the dead ones to zero"
     weights, masks = fits(ticket, network, head), ticket.history.mask(n)
     state = network.state_dict()
-    for k, t in weights.items(): state[k].copy_(t * masks[k] if k in masks else t)
+    for k, t in weights.items():
+        state[k].copy_(t * masks[k] if k in masks else t)
     return network

@@ -20,28 +20,45 @@ def device(
     name: str = "auto",  # "auto", or any torch device: "cpu", "cuda:1", "mps"
 ) -> torch.device:
     "The accelerator that torch sees (CUDA, then MPS), else the CPU; a name is taken as it is, if it is there"
-    if name == "auto": return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try: torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); device='auto' takes the best there is") from e
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(
+            f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); device='auto' takes the best there is"
+        ) from e
     return torch.device(name)
+
 
 def place(
     network: nn.Module,  # moved in place
     where: torch.device,  # where to
 ) -> nn.Module:  # the same network
     "Move a network, its convolutions in channels-last order, the order in which they run fastest"
-    narrow = any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16 for m in network.modules())
-    plain = any(p.dim() == 5 for p in network.parameters()) or (narrow and torch.device(where).type == "cpu")
-    return network.to(where, memory_format=torch.contiguous_format if plain else torch.channels_last)
+    narrow = any(
+        isinstance(m, nn.Conv2d)
+        and m.kernel_size == (1, 1)
+        and m.stride != (1, 1)
+        and m.in_channels < 16
+        for m in network.modules()
+    )
+    plain = any(p.dim() == 5 for p in network.parameters()) or (
+        narrow and torch.device(where).type == "cpu"
+    )
+    return network.to(
+        where, memory_format=torch.contiguous_format if plain else torch.channels_last
+    )
 
 # %% ../nbs/22_train.ipynb #a22bdd1b
 def _onecycle(u, recipe):
     "Up in 30 % of the time from 1/25, down to zero, both along a cosine"
-    low, high, x = (1 / 25, 1., u / .3) if u < .3 else (1., 0., (u - .3) / .7)
+    low, high, x = (1 / 25, 1.0, u / 0.3) if u < 0.3 else (1.0, 0.0, (u - 0.3) / 0.7)
     return low + (high - low) * (1 - math.cos(math.pi * x)) / 2
 
+
 SHAPES = {
-    "constant": lambda u, recipe: 1.,
+    "constant": lambda u, recipe: 1.0,
     "linear": lambda u, recipe: 1 - u,
     "cosine": lambda u, recipe: (1 + math.cos(math.pi * u)) / 2,
     "onecycle": _onecycle,
@@ -52,38 +69,48 @@ SHAPES = {
 @dataclass(frozen=True)
 class Recipe:
     "How a network is trained"
+
     epochs: int = 5  # passes over the training set
     batch_size: int = 64  # samples per step (data from your own loaders keep the loader's)
     optimizer: str = "sgd"  # "sgd", "adamw" or "lars"
-    lr: float = .1  # peak learning rate
-    momentum: float = .9  # for sgd (Nesterov) and lars
+    lr: float = 0.1  # peak learning rate
+    momentum: float = 0.9  # for sgd (Nesterov) and lars
     weight_decay: float = 5e-4  # as the optimizer defines it
-    decay: str = "all"  # "all" parameters decay, or only "matrices" (no biases, no normalisation layers)
+    decay: str = (
+        "all"  # "all" parameters decay, or only "matrices" (no biases, no normalisation layers)
+    )
     schedule: str = "onecycle"  # a name in `SHAPES`
-    warmup: float = 0.  # epochs of linear warm-up
+    warmup: float = 0.0  # epochs of linear warm-up
     drops: tuple = ()  # epochs at which "drops" multiplies the rate by `gamma`
-    gamma: float = .1  # see `drops`
+    gamma: float = 0.1  # see `drops`
     clip: float | None = None  # largest gradient norm, none by default
     precision: str = "fp32"  # "fp32", or "bf16" for autocast
 
     def __post_init__(self):
-        lookup(self.schedule, SHAPES, "learning-rate schedule"); lookup(self.optimizer, OPTIMIZERS, "optimizer")
-        lookup(self.precision, dict.fromkeys(("fp32", "bf16")), "precision"); lookup(self.decay, dict.fromkeys(("all", "matrices")), "decay")
+        lookup(self.schedule, SHAPES, "learning-rate schedule")
+        lookup(self.optimizer, OPTIMIZERS, "optimizer")
+        lookup(self.precision, dict.fromkeys(("fp32", "bf16")), "precision")
+        lookup(self.decay, dict.fromkeys(("all", "matrices")), "decay")
         for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.clip is not None and not self.clip > 0: raise ValueError(f"clip must be positive, or None for no clipping, not {self.clip}")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, or None for no clipping, not {self.clip}")
         object.__setattr__(self, "drops", tuple(self.drops))
 
     def rate(self, step: int, steps: int) -> float:
         "Learning rate of step `step`, with `steps` steps to the epoch"
-        warm = min(1., (step + 1) / (self.warmup * steps)) if self.warmup else 1.
+        warm = min(1.0, (step + 1) / (self.warmup * steps)) if self.warmup else 1.0
         return self.lr * warm * SHAPES[self.schedule](step / (self.epochs * steps), self)
 
 # %% ../nbs/22_train.ipynb #24b31471
 class LARS(torch.optim.Optimizer):
     "SGD with momentum and a trust ratio per tensor (You et al. 2017); vectors are stepped plainly"
-    def __init__(self, params, lr=.1, momentum=.9, weight_decay=0., trust=1e-3):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=0.0, trust=1e-3):
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -93,16 +120,30 @@ class LARS(torch.optim.Optimizer):
                 g = p.grad + group["weight_decay"] * p
                 if p.dim() > 1:
                     w, n = p.norm(), g.norm()
-                    g = g * torch.where((w > 0) & (n > 0), group["trust"] * w / n, torch.ones_like(w))
+                    g = g * torch.where(
+                        (w > 0) & (n > 0), group["trust"] * w / n, torch.ones_like(w)
+                    )
                 buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 p.sub_(group["lr"] * buf.mul_(group["momentum"]).add_(g))
 
 # %% ../nbs/22_train.ipynb #c0f9d12f
 OPTIMIZERS = {
-    "sgd": lambda groups, r, fused: torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.momentum > 0, fused=fused),
-    "adamw": lambda groups, r, fused: torch.optim.AdamW(groups, lr=r.lr, weight_decay=r.weight_decay, fused=fused),
-    "lars": lambda groups, r, fused: LARS(groups, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay),
+    "sgd": lambda groups, r, fused: torch.optim.SGD(
+        groups,
+        lr=r.lr,
+        momentum=r.momentum,
+        weight_decay=r.weight_decay,
+        nesterov=r.momentum > 0,
+        fused=fused,
+    ),
+    "adamw": lambda groups, r, fused: torch.optim.AdamW(
+        groups, lr=r.lr, weight_decay=r.weight_decay, fused=fused
+    ),
+    "lars": lambda groups, r, fused: LARS(
+        groups, lr=r.lr, momentum=r.momentum, weight_decay=r.weight_decay
+    ),
 }
+
 
 def optimizer(
     network: nn.Module,  # whose parameters are trained
@@ -111,15 +152,25 @@ def optimizer(
     "A fresh optimizer for `network`; a fused one, which reads each tensor once, where torch has it"
     params = [p for p in network.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params) or None
-    if recipe.decay == "all": return OPTIMIZERS[recipe.optimizer](params, recipe, fused)
+    if recipe.decay == "all":
+        return OPTIMIZERS[recipe.optimizer](params, recipe, fused)
     matrices, rest = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
-    return OPTIMIZERS[recipe.optimizer]([{"params": matrices}, {"params": rest, "weight_decay": 0.}], recipe, fused)
+    return OPTIMIZERS[recipe.optimizer](
+        [{"params": matrices}, {"params": rest, "weight_decay": 0.0}], recipe, fused
+    )
 
 # %% ../nbs/22_train.ipynb #b474078c
-KEEP_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, LARS)  # a weight with value, gradient and state zero stays zero
+KEEP_ZERO = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    LARS,
+)  # a weight with value, gradient and state zero stays zero
+
 
 class Masked:
     "The masks of one round, bound to a network's parameters"
+
     def __init__(
         self,
         params: dict,  # name -> parameter, as `prunable` gives them
@@ -127,7 +178,12 @@ class Masked:
     ):
         cut = [k for k, m in masks.items() if not m.all()]  # whole tensors need no work
         self.params = [params[k] for k in cut]
-        self.masks = [torch.empty_like(params[k], dtype=torch.uint8 if params[k].device.type == "cpu" else None).copy_(masks[k]) for k in cut]
+        self.masks = [
+            torch.empty_like(
+                params[k], dtype=torch.uint8 if params[k].device.type == "cpu" else None
+            ).copy_(masks[k])
+            for k in cut
+        ]
 
     def weights(self):
         "Set dead weights to zero"
@@ -141,46 +197,68 @@ class Masked:
         "Set momentum and second moments of dead weights to zero"
         for p, m in zip(self.params, self.masks):
             for v in optimizer.state.get(p, {}).values():
-                if torch.is_tensor(v) and v.shape == p.shape: v.mul_(m)
+                if torch.is_tensor(v) and v.shape == p.shape:
+                    v.mul_(m)
+
 
 @torch.no_grad()
 def _multiply(tensors, masks):
     "Multiply tensors by masks in place; None among the tensors is passed over"
     pairs = [(t, m) for t, m in zip(tensors, masks) if t is not None]
-    if pairs and pairs[0][0].device.type != "cpu": return torch._foreach_mul_(*map(list, zip(*pairs)))
-    for t, m in pairs: t.mul_(m)
+    if pairs and pairs[0][0].device.type != "cpu":
+        return torch._foreach_mul_(*map(list, zip(*pairs)))
+    for t, m in pairs:
+        t.mul_(m)
 
 # %% ../nbs/22_train.ipynb #be5a1cfe
 class Diverged(RuntimeError):
     "The training loss was not a number"
 
+
 def _step(task, network, batch, opt, masked, recipe):
     "One optimizer step; gives the loss as a detached scalar"
     opt.zero_grad(set_to_none=True)
-    with torch.autocast(batch[1].device.type, torch.bfloat16, enabled=recipe.precision == "bf16"): loss = task(network, batch)
+    with torch.autocast(batch[1].device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        loss = task(network, batch)
     loss.backward()
-    if masked: masked.grads()
-    if recipe.clip: nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+    if masked:
+        masked.grads()
+    if recipe.clip:
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
     opt.step()
-    if masked and not isinstance(opt, KEEP_ZERO): masked.weights()
+    if masked and not isinstance(opt, KEEP_ZERO):
+        masked.weights()
     return loss.detach()
 
 # %% ../nbs/22_train.ipynb #f124a7e8
 def _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate):
     "Steps `start` to `stop` of one epoch; the mean loss"
     losses, first, backends = [], epoch * task.data.steps(recipe.batch_size), torch.backends.cudnn
-    with seeded(seed, "train", epoch), backends.flags(enabled=backends.enabled, benchmark=False, deterministic=True, allow_tf32=backends.allow_tf32):
+    with (
+        seeded(seed, "train", epoch),
+        backends.flags(
+            enabled=backends.enabled,
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=backends.allow_tf32,
+        ),
+    ):
         batches = task.data.batches(seed, epoch, recipe.batch_size)
         for step in range(first, min(stop, first + task.data.steps(recipe.batch_size))):
-            torch.manual_seed(stream(seed, "draw", step)); batch = next(batches)
-            if step < start: continue  # drawn all the same, so that later draws do not shift
-            for group in opt.param_groups: group["lr"] = rate(step)
+            torch.manual_seed(stream(seed, "draw", step))
+            batch = next(batches)
+            if step < start:
+                continue  # drawn all the same, so that later draws do not shift
+            for group in opt.param_groups:
+                group["lr"] = rate(step)
             torch.manual_seed(stream(seed, "step", step))
             losses.append(_step(task, network, batch, opt, masked, recipe))
     losses = torch.stack(losses).float().cpu()
     if not torch.isfinite(losses).all():
         bad = max(start, first) + int((~torch.isfinite(losses)).nonzero()[0])
-        raise Diverged(f"the loss of {task.name!r} was {losses[~torch.isfinite(losses)][0].item()} at step {bad} (epoch {epoch}), learning rate {rate(bad):.3g}: lower it, or set clip=1.0")
+        raise Diverged(
+            f"the loss of {task.name!r} was {losses[~torch.isfinite(losses)][0].item()} at step {bad} (epoch {epoch}), learning rate {rate(bad):.3g}: lower it, or set clip=1.0"
+        )
     return losses.mean().item()
 
 # %% ../nbs/22_train.ipynb #4f742ba8
@@ -197,16 +275,20 @@ def refine(
     after_epoch: Callable | None = None,  # called with (step, network, optimizer, mean loss)
 ) -> float:  # mean training loss of the last epoch, nan if there was no step to do
     "Train the survivors of a mask; the dead stay exactly zero"
-    task.data.to(next(network.parameters()).device); network.train()
+    task.data.to(next(network.parameters()).device)
+    network.train()
     steps = task.data.steps(recipe.batch_size)
     stop = recipe.epochs * steps if stop is None else stop
     rate = rate or (lambda step: recipe.rate(step, steps))
     opt = opt or optimizer(network, recipe)
-    if masked: masked.weights(); masked.state(opt)
+    if masked:
+        masked.weights()
+        masked.state(opt)
     loss = float("nan")
     for epoch in range(start // steps, math.ceil(stop / steps) if start < stop else 0):
         loss = _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate)
-        if after_epoch: after_epoch(min((epoch + 1) * steps, stop), network, opt, loss)
+        if after_epoch:
+            after_epoch(min((epoch + 1) * steps, stop), network, opt, loss)
     return loss
 
 # %% ../nbs/22_train.ipynb #fdfbdec8
@@ -217,8 +299,11 @@ def pack(
     "Weights, buffers and optimizer state as name -> tensor"
     state = {f"network/{k}": t for k, t in network.state_dict().items()}
     for i, entry in (opt.state_dict()["state"] if opt else {}).items():
-        state |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None}
+        state |= {
+            f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None
+        }
     return state
+
 
 def unpack(
     state: dict,  # what `pack` gave
@@ -226,11 +311,22 @@ def unpack(
     opt: torch.optim.Optimizer | None = None,  # changed in place
 ):
     "Put what `pack` gave back into a network and an optimizer built alike"
-    network.load_state_dict({k.removeprefix("network/"): t for k, t in state.items() if k.startswith("network/")})
-    if opt is None: return
+    network.load_state_dict(
+        {k.removeprefix("network/"): t for k, t in state.items() if k.startswith("network/")}
+    )
+    if opt is None:
+        return
     entries = {}
     for k, t in state.items():
-        if k.startswith("optimizer/"): entries.setdefault(int(k.split("/")[1]), {})[k.split("/")[2]] = t
+        if k.startswith("optimizer/"):
+            entries.setdefault(int(k.split("/")[1]), {})[k.split("/")[2]] = t
     opt.load_state_dict({"state": entries, "param_groups": opt.state_dict()["param_groups"]})
-    for p, entry in opt.state.items():  # fused optimizers pair a weight and its state by their place in memory
-        entry |= {k: torch.empty_like(p).copy_(v) for k, v in entry.items() if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride()}
+    for (
+        p,
+        entry,
+    ) in opt.state.items():  # fused optimizers pair a weight and its state by their place in memory
+        entry |= {
+            k: torch.empty_like(p).copy_(v)
+            for k, v in entry.items()
+            if torch.is_tensor(v) and v.shape == p.shape and v.stride() != p.stride()
+        }

@@ -21,21 +21,38 @@ from .models.prunable import heads
 from .rewind import PARTS, Policy, policy
 from .tasks.core import Task, evaluate
 from .tickets import Ticket, TicketError, digest, fits, load_tensors, save_tensors
-from .train import Diverged, Masked, Recipe, device as find_device, optimizer, pack, refine, unpack
+from rg_tickets.train import (
+    Diverged,
+    Masked,
+    Recipe,
+    device as find_device,
+    optimizer,
+    pack,
+    refine,
+    unpack,
+)
 
 # %% ../nbs/31_transfer.ipynb #a16b997b
 @dataclass(frozen=True)
 class Kind:
     "Which mask, and which weights, a network starts from"
+
     mask: str  # a name in `MASKS`
     weights: str  # the backbone's: "source", those the ticket rewinds to, or "target", those of the network
     head: bool = False  # does the head, too, come from the ticket
     about: str = ""  # in words
 
+
 KINDS = {
     "own": Kind("ticket", "source", True, "the target's own ticket, its head included"),
-    "transferred": Kind("ticket", "source", about="the source's ticket: mask and rewind weights; the head is the target's"),
-    "layerwise": Kind("layerwise", "target", about="a random mask with the source ticket's density in each tensor"),
+    "transferred": Kind(
+        "ticket",
+        "source",
+        about="the source's ticket: mask and rewind weights; the head is the target's",
+    ),
+    "layerwise": Kind(
+        "layerwise", "target", about="a random mask with the source ticket's density in each tensor"
+    ),
     "uniform": Kind("uniform", "target", about="a random mask with one density in all tensors"),
     "dense": Kind("dense", "target", about="no mask"),
 }
@@ -47,10 +64,12 @@ def even(
 ) -> dict:  # name -> k_i, survivors of the tensor
     "Share `keep` survivors out so that all tensors have one density, to a weight"
     total = sum(counts.values())
-    if not 0 <= keep <= total: raise ValueError(f"cannot keep {keep} of {total} weights")
+    if not 0 <= keep <= total:
+        raise ValueError(f"cannot keep {keep} of {total} weights")
     share = {k: keep * n // total for k, n in counts.items()}
     rest = keep - sum(share.values())
-    for k in sorted(counts, key=lambda k: -(keep * counts[k] % total))[:rest]: share[k] += 1
+    for k in sorted(counts, key=lambda k: -(keep * counts[k] % total))[:rest]:
+        share[k] += 1
     return share
 
 # %% ../nbs/31_transfer.ipynb #abed7d01
@@ -60,8 +79,15 @@ def uniform(
     seed: int,  # the run's seed
 ) -> dict:  # name -> bool tensor
     "A random mask with as many survivors as `history` after `n` prunings, and one density in all tensors"
-    g, keep = generator(seed, "mask", "uniform"), even({k: d.numel() for k, d in history.died.items()}, sum(history.alive(n).values()))
-    return {k: (torch.randperm(d.numel(), generator=g) < keep[k]).view(d.shape).to(d.device) for k, d in history.died.items()}
+    g, keep = (
+        generator(seed, "mask", "uniform"),
+        even({k: d.numel() for k, d in history.died.items()}, sum(history.alive(n).values())),
+    )
+    return {
+        k: (torch.randperm(d.numel(), generator=g) < keep[k]).view(d.shape).to(d.device)
+        for k, d in history.died.items()
+    }
+
 
 MASKS = {  # (history of the ticket, n, seed) -> name -> bool tensor
     "ticket": lambda history, n, seed: history.mask(n),
@@ -75,69 +101,119 @@ def _below(modules):
     "Is a tensor in one of these modules"
     return lambda name: name.startswith(tuple(f"{o}." for o in modules))
 
+
 def _housed(ticket, network):
     "The ticket under the names its tensors have in a detector or segmenter, if the network is one and the ticket of a plain backbone"
     place = getattr(network, "backbone_name", None)
-    if place is None or any(k.startswith(f"{place}.") for k in ticket.history.died): return ticket
-    from rg_tickets.tasks.voc import moved  # here, because torchvision's detectors take a second to load
+    if place is None or any(k.startswith(f"{place}.") for k in ticket.history.died):
+        return ticket
+    from rg_tickets.tasks.voc import (
+        moved,
+    )  # here, because torchvision's detectors take a second to load
+
     return moved(ticket, network)
+
 
 def travelling(
     ticket: Ticket,  # the source's
     network: torch.nn.Module,  # the target's
     keep: tuple = (),  # names of modules that stay the target's own and dense, besides the head
-) -> Ticket:  # weights and masks without the head; what is kept has the network's weights and a full mask
+) -> (
+    Ticket
+):  # weights and masks without the head; what is kept has the network's weights and a full mask
     "What of a ticket goes into another task's network; a TicketError says what does not fit"
-    for o in (keep := (keep,) if isinstance(keep, str) else tuple(keep)): lookup(o, dict(network.named_modules()), "module to keep")
+    for o in (keep := (keep,) if isinstance(keep, str) else tuple(keep)):
+        lookup(o, dict(network.named_modules()), "module to keep")
     ticket = _housed(ticket, network)
     mine, head, stays = network.state_dict(), _below(heads(network)), _below(keep)
-    weights = {k: t for k, t in ticket.weights.items() if not head(k) and (k in mine or k in ticket.history.died)} | {k: t.clone() for k, t in mine.items() if stays(k) and not head(k)}
+    weights = {
+        k: t
+        for k, t in ticket.weights.items()
+        if not head(k) and (k in mine or k in ticket.history.died)
+    } | {k: t.clone() for k, t in mine.items() if stays(k) and not head(k)}
     died = {k: d for k, d in ticket.history.died.items() if not head(k)}
     died |= MaskHistory.dense({k: weights[k] for k in died if stays(k)}).died
     out = replace(ticket, weights=weights, history=MaskHistory(died, ticket.history.rounds))
-    _same_stem(out, mine); fits(out, network, head=False)
+    _same_stem(out, mine)
+    fits(out, network, head=False)
     return out
+
 
 def _same_stem(ticket, mine):
     "If a single convolution differs, it is the stem, and there is a way out"
     differ = [k for k, t in ticket.weights.items() if k in mine and mine[k].shape != t.shape]
-    if len(differ) != 1 or mine[differ[0]].dim() != 4: return
+    if len(differ) != 1 or mine[differ[0]].dim() != 4:
+        return
     k, (a, b) = differ[0], (tuple(o[differ[0]].shape) for o in (ticket.weights, mine))
-    raise TicketError(f"the ticket's stem differs from the network's: {k} is {a} in the ticket and {b} in the network" + (f", made for pictures of {a[1]} channel{'s' * (a[1] > 1)}, not {b[1]}" if a[1] != b[1] else "")
-                      + f". Build both networks for the same pictures, or let the target have its own stem, unpruned, with keep={(k.removesuffix('.weight'),)!r}")
+    raise TicketError(
+        f"the ticket's stem differs from the network's: {k} is {a} in the ticket and {b} in the network"
+        + (
+            f", made for pictures of {a[1]} channel{'s' * (a[1] > 1)}, not {b[1]}"
+            if a[1] != b[1]
+            else ""
+        )
+        + f". Build both networks for the same pictures, or let the target have its own stem, unpruned, with keep={(k.removesuffix('.weight'),)!r}"
+    )
 
 # %% ../nbs/31_transfer.ipynb #c689668b
 def _first_step(ticket, task, recipe):
     "The step from which a round of the ticket's run is trained, on this task"
     rewind, steps = ticket.about.get("rewind", "init"), task.data.steps(recipe.batch_size)
-    how, k = policy(rewind if isinstance(rewind, str) else Policy(**rewind | dict(resets=tuple(rewind["resets"]))), steps)
+    how, k = policy(
+        rewind
+        if isinstance(rewind, str)
+        else Policy(**rewind | dict(resets=tuple(rewind["resets"]))),
+        steps,
+    )
     if not set(PARTS) <= set(how.resets):
-        raise TicketError(f"this ticket was made with rewind={rewind!r}: its rounds went on from weights that it does not hold. Transfer a ticket of a run that rewinds")
-    if k >= recipe.epochs * steps: raise ValueError(f"the ticket rewinds to step {k}, but the recipe ends at step {recipe.epochs * steps}: train longer")
+        raise TicketError(
+            f"this ticket was made with rewind={rewind!r}: its rounds went on from weights that it does not hold. Transfer a ticket of a run that rewinds"
+        )
+    if k >= recipe.epochs * steps:
+        raise ValueError(
+            f"the ticket rewinds to step {k}, but the recipe ends at step {recipe.epochs * steps}: train longer"
+        )
     return k
+
 
 @torch.no_grad()
 def _put(ticket, masks, network, head):
     "Copy a ticket's weights into the network and put the masks in force"
     state = network.state_dict()
-    for k, t in fits(ticket, network, head).items(): state[k].copy_(t)
-    params = dict(network.named_parameters()); masked = Masked(params, {k: m.to(params[k].device) for k, m in masks.items()}); masked.weights()
+    for k, t in fits(ticket, network, head).items():
+        state[k].copy_(t)
+    params = dict(network.named_parameters())
+    masked = Masked(params, {k: m.to(params[k].device) for k, m in masks.items()})
+    masked.weights()
     return masked
 
 # %% ../nbs/31_transfer.ipynb #a144dd73
 def _train(task, network, recipe, seed, masked, start, folder, every, facts, report):
     "Train the survivors from step `start`, or from the state put aside in the folder; the last epoch's loss"
-    opt, path, last, end = optimizer(network, recipe), folder and Path(folder) / "state.safetensors", time.monotonic(), recipe.epochs * task.data.steps(recipe.batch_size)
+    opt, path, last, end = (
+        optimizer(network, recipe),
+        folder and Path(folder) / "state.safetensors",
+        time.monotonic(),
+        recipe.epochs * task.data.steps(recipe.batch_size),
+    )
     begun = dict(step=start, loss=float("nan"))
     try:
-        if path and (found := load_tensors(path, "state"))[1].get("facts") == facts: begun = found[1]; unpack(found[0], network, opt)
-    except (FileNotFoundError, TicketError): pass  # nothing there, or nothing whole: from the beginning
+        if path and (found := load_tensors(path, "state"))[1].get("facts") == facts:
+            begun = found[1]
+            unpack(found[0], network, opt)
+    except (FileNotFoundError, TicketError):
+        pass  # nothing there, or nothing whole: from the beginning
+
     def after_epoch(step, network, opt, loss):
         nonlocal last
         if path and time.monotonic() - last > every:
-            save_tensors(path, pack(network, opt), dict(facts=facts, step=step, loss=loss), "state"); last = time.monotonic()
+            save_tensors(path, pack(network, opt), dict(facts=facts, step=step, loss=loss), "state")
+            last = time.monotonic()
         report(step, end)
-    loss = refine(task, network, recipe, seed, masked, begun["step"], opt=opt, after_epoch=after_epoch)
+
+    loss = refine(
+        task, network, recipe, seed, masked, begun["step"], opt=opt, after_epoch=after_epoch
+    )
     return loss if begun["step"] < end else begun["loss"]
 
 # %% ../nbs/31_transfer.ipynb #99d2926d
@@ -145,7 +221,14 @@ def _record(metrics, masks, **facts):
     "A transfer as a row of a table"
     total, alive = sum(m.numel() for m in masks.values()), sum(int(m.sum()) for m in masks.values())
     score = next(v for k, v in metrics.items() if k != "loss")
-    return dict(**facts, t=math.log(total / alive), density=alive / total, metric=score, **{f"test_{k}": v for k, v in metrics.items()})
+    return dict(
+        **facts,
+        t=math.log(total / alive),
+        density=alive / total,
+        metric=score,
+        **{f"test_{k}": v for k, v in metrics.items()},
+    )
+
 
 def transfer(
     task: Task,  # the target
@@ -153,30 +236,60 @@ def transfer(
     ticket: Ticket,  # the source's; for "own" and "dense" the target's
     n: int,  # use the mask after this many prunings
     kind: str = "transferred",  # a name in `KINDS`
-    weights: str | None = None,  # where the backbone's weights come from, "source" or "target"; None: as the kind says
+    weights: str  # where the backbone's weights come from, "source" or "target"; None: as the kind says
+    | None = None,  # where the backbone's weights come from, "source" or "target"; None: as the kind says
     recipe: Recipe = Recipe(),  # how to train
     seed: int = 0,  # data order, augmentation, random masks
     keep: tuple = (),  # modules besides the head that stay the target's own and dense, e.g. ("conv1",)
     device: str = "auto",  # where to train
     folder=None,  # where to put the training aside
-    checkpoint_every: float = 60.,  # seconds between states put aside
+    checkpoint_every: float = 60.0,  # seconds between states put aside
     report=None,  # called after each epoch with (step, last step)
 ) -> dict:  # source, target, model, kind, weights, n, seed, source_seed, loss, t, density, metric (the task's first), test_...
     "Train `network` on `task` from a ticket's mask and weights, and say how well it does"
-    what = lookup(kind, KINDS, "kind of transfer"); weights = weights or what.weights; lookup(weights, dict.fromkeys(("source", "target")), "origin of weights")
-    start, where = _first_step(ticket, task, recipe), find_device(device); network.to(where)
+    what = lookup(kind, KINDS, "kind of transfer")
+    weights = weights or what.weights
+    lookup(weights, dict.fromkeys(("source", "target")), "origin of weights")
+    start, where = _first_step(ticket, task, recipe), find_device(device)
+    network.to(where)
     mine = ticket if what.head else travelling(ticket, network, keep)
     masks = MASKS[what.mask](mine.history, n, seed)
-    if weights == "target": mine = replace(mine, weights={k: t.clone() for k, t in network.state_dict().items()})
+    if weights == "target":
+        mine = replace(mine, weights={k: t.clone() for k, t in network.state_dict().items()})
     masked = _put(mine, masks, network, what.head)
-    facts = digest(network.state_dict() | {f"mask {k}": m for k, m in masks.items()}, json.dumps([asdict(recipe), seed, start, task.name, task.about], default=str))
+    facts = digest(
+        network.state_dict() | {f"mask {k}": m for k, m in masks.items()},
+        json.dumps([asdict(recipe), seed, start, task.name, task.about], default=str),
+    )
     with alone(folder):
-        loss = _train(task, network, recipe, seed, masked, start, folder, checkpoint_every, facts, report or (lambda *a: None))
-        if folder: (Path(folder) / "state.safetensors").unlink(missing_ok=True)
+        loss = _train(
+            task,
+            network,
+            recipe,
+            seed,
+            masked,
+            start,
+            folder,
+            checkpoint_every,
+            facts,
+            report or (lambda *a: None),
+        )
+        if folder:
+            (Path(folder) / "state.safetensors").unlink(missing_ok=True)
     metrics = evaluate(task, network, recipe.precision)
     if not math.isfinite(metrics["loss"]):
-        raise Diverged(f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training diverged; lower the learning rate, or set clip=1.0")
-    return _record(metrics, masks, **labels(ticket, task.name, network, kind, weights), n=n if what.mask != "dense" else 0, seed=seed, source_seed=ticket.about.get("seed", seed), loss=loss)
+        raise Diverged(
+            f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training diverged; lower the learning rate, or set clip=1.0"
+        )
+    return _record(
+        metrics,
+        masks,
+        **labels(ticket, task.name, network, kind, weights),
+        n=n if what.mask != "dense" else 0,
+        seed=seed,
+        source_seed=ticket.about.get("seed", seed),
+        loss=loss,
+    )
 
 # %% ../nbs/31_transfer.ipynb #048fb0e4
 def labels(
@@ -187,58 +300,121 @@ def labels(
     weights: str = "source",  # "source" or "target"
 ) -> dict:  # source, target, model, kind, weights
     "What a record is of; a uniform random mask has no source"
-    source = dict(uniform="-", own=target, dense=target).get(kind, ticket.about.get("task", "a task"))
+    source = dict(uniform="-", own=target, dense=target).get(
+        kind, ticket.about.get("task", "a task")
+    )
     model = getattr(network, "name", None) or ticket.about.get("model") or type(network).__name__
     return dict(source=source, target=target, model=model, kind=kind, weights=weights)
+
 
 def recorded(
     ticket: Ticket,  # of a run of `imp`
     n: int,  # a round it finished
 ) -> dict:  # as `transfer` gives for kind "own", or "dense" for round 0
     "The run's own measurement of round `n`, which `transfer` would repeat to the bit"
-    if not 0 <= n < len(ticket.rounds): raise ValueError(f"this ticket's run has finished rounds 0 to {len(ticket.rounds) - 1}, not {n}")
+    if not 0 <= n < len(ticket.rounds):
+        raise ValueError(
+            f"this ticket's run has finished rounds 0 to {len(ticket.rounds) - 1}, not {n}"
+        )
     r, seed = ticket.rounds[n], ticket.about.get("seed", 0)
-    kind = "own" if n else "dense"; what = labels(ticket, ticket.about.get("task", "a task"), None, kind, KINDS[kind].weights)
-    return _record(r["metrics"], ticket.history.mask(n), **what, n=n, seed=seed, source_seed=seed, loss=r["loss"])
+    kind = "own" if n else "dense"
+    what = labels(ticket, ticket.about.get("task", "a task"), None, kind, KINDS[kind].weights)
+    return _record(
+        r["metrics"],
+        ticket.history.mask(n),
+        **what,
+        n=n,
+        seed=seed,
+        source_seed=seed,
+        loss=r["loss"],
+    )
 
 # %% ../nbs/31_transfer.ipynb #6eb04ffb
-LABELS = ["source", "target", "model", "kind", "weights", "n"]  # what is compared; records that agree in these are repetitions
+LABELS = [
+    "source",
+    "target",
+    "model",
+    "kind",
+    "weights",
+    "n",
+]  # what is compared; records that agree in these are repetitions
+
 
 def _beside_own(frame):
     "Each record with the score of the target's own ticket of the same seed and round; a dense network is set beside every round"
     on = ["target", "model", "seed"]
     twice = frame[frame.duplicated(LABELS + ["seed", "source_seed"])]
-    if len(twice): raise ValueError(f"two records are of the same transfer, {twice[LABELS + ['seed']].iloc[0].to_dict()}: keep studies apart, or drop one")
+    if len(twice):
+        raise ValueError(
+            f"two records are of the same transfer, {twice[LABELS + ['seed']].iloc[0].to_dict()}: keep studies apart, or drop one"
+        )
     own = frame[frame.kind == "own"].rename(columns=dict(metric="own"))[on + ["n", "own"]]
     dense = frame[frame.kind == "dense"].drop(columns="n").merge(own, "inner", on)
-    both = pd.concat([frame[frame.kind != "dense"].merge(own, "left", on + ["n"]), dense], ignore_index=True)
+    both = pd.concat(
+        [frame[frame.kind != "dense"].merge(own, "left", on + ["n"]), dense], ignore_index=True
+    )
     alone = both[both.own.isna()]
     if len(alone):
-        raise ValueError(f"no record of the target's own ticket beside {alone[LABELS + ['seed']].iloc[0].to_dict()}: add kind 'own' for that target, round and seed")
-    return both.groupby(LABELS + ["seed"], sort=False).agg(density=("density", "mean"), score=("metric", "mean"), own=("own", "first")).reset_index()
+        raise ValueError(
+            f"no record of the target's own ticket beside {alone[LABELS + ['seed']].iloc[0].to_dict()}: add kind 'own' for that target, round and seed"
+        )
+    return (
+        both.groupby(LABELS + ["seed"], sort=False)
+        .agg(density=("density", "mean"), score=("metric", "mean"), own=("own", "first"))
+        .reset_index()
+    )
+
 
 def gaps(
     frame: pd.DataFrame,  # a row per record of `transfer` or `recorded`
-    level: float = .95,  # confidence of the interval
+    level: float = 0.95,  # confidence of the interval
 ) -> pd.DataFrame:  # a row per LABELS: density, seeds, score, own, gap, se, low, high, sd (of own), transferable (NA for one seed)
     "How much worse than the target's own ticket, with error over seeds"
     rows = []
     for key, g in _beside_own(frame).groupby(LABELS, sort=False):
-        gap, se, low, high = interval(g.own - g.score, level); sd = g.own.std()
-        rows.append(dict(zip(LABELS, key), density=g.density.mean(), seeds=len(g), score=g.score.mean(), own=g.own.mean(), gap=gap, se=se, low=low, high=high, sd=sd,
-                         transferable=gap <= sd if len(g) > 1 else pd.NA))
+        gap, se, low, high = interval(g.own - g.score, level)
+        sd = g.own.std()
+        rows.append(
+            dict(
+                zip(LABELS, key),
+                density=g.density.mean(),
+                seeds=len(g),
+                score=g.score.mean(),
+                own=g.own.mean(),
+                gap=gap,
+                se=se,
+                low=low,
+                high=high,
+                sd=sd,
+                transferable=gap <= sd if len(g) > 1 else pd.NA,
+            )
+        )
     return pd.DataFrame(rows).astype(dict(transferable="boolean"))
 
 # %% ../nbs/31_transfer.ipynb #bbece7a1
 def _cut(table, kind, weights, n):
     "The rows of one matrix: one kind at one round, and the targets' own"
     n = table.n.max() if n is None else n
-    rows = table[(table.n == n) & ((table.kind == "own") | ((table.kind == kind) & (table.weights == (weights or lookup(kind, KINDS, "kind of transfer").weights))))]
+    rows = table[
+        (table.n == n)
+        & (
+            (table.kind == "own")
+            | (
+                (table.kind == kind)
+                & (table.weights == (weights or lookup(kind, KINDS, "kind of transfer").weights))
+            )
+        )
+    ]
     if not (rows.kind == kind).any():
-        raise ValueError(f"there is no {kind!r} with weights={weights!r} at round {n}; there are {table[['kind', 'weights', 'n']].drop_duplicates().to_dict('records')}")
+        raise ValueError(
+            f"there is no {kind!r} with weights={weights!r} at round {n}; there are {table[['kind', 'weights', 'n']].drop_duplicates().to_dict('records')}"
+        )
     if rows.model.nunique() > 1:
-        raise ValueError(f"one matrix is of one model, and there are {', '.join(rows.model.unique())}: choose, table[table.model == ...]")
+        raise ValueError(
+            f"one matrix is of one model, and there are {', '.join(rows.model.unique())}: choose, table[table.model == ...]"
+        )
     return rows
+
 
 def matrix(
     table: pd.DataFrame,  # what `gaps` gave
@@ -248,32 +424,55 @@ def matrix(
     n: int | None = None,  # round, the last by default
 ) -> pd.DataFrame:  # [sources, targets]; the diagonal is the targets' own
     "A source x target matrix of gaps, their errors, or scores"
-    if value not in table: lookup(value, dict.fromkeys(table), "column")
-    rows = _cut(table, kind, weights, n); order = list(dict.fromkeys([*rows.target, *rows.source]))
+    if value not in table:
+        lookup(value, dict.fromkeys(table), "column")
+    rows = _cut(table, kind, weights, n)
+    order = list(dict.fromkeys([*rows.target, *rows.source]))
     wide = rows.pivot(index="source", columns="target", values=value)
-    return wide.reindex(index=[o for o in order if o in wide.index], columns=[o for o in order if o in wide.columns])
+    return wide.reindex(
+        index=[o for o in order if o in wide.index], columns=[o for o in order if o in wide.columns]
+    )
 
 # %% ../nbs/31_transfer.ipynb #ef308168
 def _cell(row):
     "What a cell of the matrix says"
-    if row.kind == "own": return f"{row.score:.3f}" + (f"\n± {row.sd:.3f}" if row.seeds > 1 else "")
-    return f"{row.gap:+.3f}" + (f"\n± {row.se:.3f}" if row.seeds > 1 else "") + (" •" if row.seeds > 1 and row.transferable else "")
+    if row.kind == "own":
+        return f"{row.score:.3f}" + (f"\n± {row.sd:.3f}" if row.seeds > 1 else "")
+    return (
+        f"{row.gap:+.3f}"
+        + (f"\n± {row.se:.3f}" if row.seeds > 1 else "")
+        + (" •" if row.seeds > 1 and row.transferable else "")
+    )
+
 
 def plot_matrix(
     table: pd.DataFrame,  # what `gaps` gave
-    kind: str = "transferred", weights: str | None = None, n: int | None = None,  # as in `matrix`
+    kind: str = "transferred",  # as in `matrix`
+    weights: str | None = None,  # as in `matrix`
+    n: int | None = None,  # as in `matrix`
     limit: float | None = None,  # gap of the darkest colour; None: the largest there is
     ax=None,  # axes to draw on, new by default
 ) -> plt.Axes:
     "Heat map of gaps, source by target, with standard errors; the diagonal gives the targets' own scores and their standard deviation"
     m, rows = matrix(table, "gap", kind, weights, n), _cut(table, kind, weights, n)
-    ax = ax or plt.subplots(figsize=(1.6 + 1.1 * m.shape[1], 1. + .62 * m.shape[0]))[1]
+    ax = ax or plt.subplots(figsize=(1.6 + 1.1 * m.shape[1], 1.0 + 0.62 * m.shape[0]))[1]
     limit = limit or max(rows.gap.abs().max(), 1e-9)
     image = ax.imshow(m, cmap=GAPS, vmin=-limit, vmax=limit, aspect="auto")
     for o in rows.itertuples():
-        dark = abs(o.gap) > .75 * limit and o.kind != "own"
+        dark = abs(o.gap) > 0.75 * limit and o.kind != "own"
         colour = "white" if dark else PALETTE["marginal"] if o.kind == "own" else "black"
-        ax.text(m.columns.get_loc(o.target), m.index.get_loc(o.source), _cell(o), ha="center", va="center", fontsize=8, color=colour)
-    ax.set_xticks(range(m.shape[1]), m.columns, fontsize=8); ax.set_yticks(range(m.shape[0]), m.index, fontsize=8); ax.spines[:].set_visible(False)
-    ax.set(xlabel="target", ylabel="source"); ax.figure.colorbar(image, ax=ax, label="gap  $a_{own} - a_{transferred}$")
+        ax.text(
+            m.columns.get_loc(o.target),
+            m.index.get_loc(o.source),
+            _cell(o),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    ax.set_xticks(range(m.shape[1]), m.columns, fontsize=8)
+    ax.set_yticks(range(m.shape[0]), m.index, fontsize=8)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="target", ylabel="source")
+    ax.figure.colorbar(image, ax=ax, label="gap  $a_{own} - a_{transferred}$")
     return ax

@@ -17,39 +17,68 @@ from .flows import LABELS, interval
 def _cross(s):
     "Mean product of different seeds' deviations; s: [seeds, blocks]"
     c, n = s - s.mean(1, keepdims=True), len(s)
-    return ((c.sum(0)**2).sum() - (c**2).sum()) / (n * (n - 1) * s.shape[1])
+    return ((c.sum(0) ** 2).sum() - (c**2).sum()) / (n * (n - 1) * s.shape[1])
+
 
 def _over_seeds(g, level):
     "V with Student's interval, from slopes of single runs"
-    s = g.pivot(index="seed", columns="group", values="sigma").values; n = len(s)
-    if n < 2: raise ValueError("one seed has no scatter to subtract: give more, or a table of `exponents` with their standard errors")
-    if np.isnan(s).any(): raise ValueError("some seeds lack the exponent of a block: fit rounds in which every block of every seed is alive")
-    V = _cross(s); left = [n * V - (n - 1) * _cross(np.delete(s, k, 0)) for k in range(n)] if n > 2 else [V]
+    s = g.pivot(index="seed", columns="group", values="sigma").values
+    n = len(s)
+    if n < 2:
+        raise ValueError(
+            "one seed has no scatter to subtract: give more, or a table of `exponents` with their standard errors"
+        )
+    if np.isnan(s).any():
+        raise ValueError(
+            "some seeds lack the exponent of a block: fit rounds in which every block of every seed is alive"
+        )
+    V = _cross(s)
+    left = [n * V - (n - 1) * _cross(np.delete(s, k, 0)) for k in range(n)] if n > 2 else [V]
     _, se, low, high = interval(left, level)
     return dict(seeds=n, naive=s.mean(0).std(), variance=V, se=se, low=low, high=high)
+
 
 def _by_errors(g, level):
     "V with a normal interval, from exponents and their standard errors"
     s, e = g.sigma.values, g.se.values
     if not np.isfinite([s, e]).all():
-        raise ValueError("some blocks lack an exponent or its standard error: fit rounds in which every block is alive, or give more seeds")
-    b = len(s); V = s.var() - (e**2).mean() * (b - 1) / b
-    se = math.sqrt(4 * ((s - s.mean())**2 * e**2).sum() + 2 * (e**4).sum()) / b; half = stats.norm.ppf((1 + level) / 2) * se
-    return dict(seeds=int(g.seeds.min()) if "seeds" in g else 1, naive=s.std(), variance=V, se=se, low=V - half, high=V + half)
+        raise ValueError(
+            "some blocks lack an exponent or its standard error: fit rounds in which every block is alive, or give more seeds"
+        )
+    b = len(s)
+    V = s.var() - (e**2).mean() * (b - 1) / b
+    se = math.sqrt(4 * ((s - s.mean()) ** 2 * e**2).sum() + 2 * (e**4).sum()) / b
+    half = stats.norm.ppf((1 + level) / 2) * se
+    return dict(
+        seeds=int(g.seeds.min()) if "seeds" in g else 1,
+        naive=s.std(),
+        variance=V,
+        se=se,
+        low=V - half,
+        high=V + half,
+    )
 
 # %% ../nbs/32a_uniformity.ipynb #c1898090
 def spread(
     table: pd.DataFrame,  # `flows.slopes` (a row per seed and block; best), `flows.exponents` or `free.exponents`
-    level: float = .95,  # confidence of the interval
+    level: float = 0.95,  # confidence of the interval
 ) -> pd.DataFrame:  # a row per LABELS: blocks, seeds, naive (without correction), variance, se (its), spread, low, high (of the spread; nan for two seeds)
     "Standard deviation of sigma over residual blocks, freed from the noise of the estimates"
-    rows, keys = [], [k for k in LABELS if k in table]; mine = table[[bool(_RESIDUAL.match(g)) for g in table.group]]
-    root = lambda v: math.sqrt(max(v, 0.)) if np.isfinite(v) else np.nan
+    rows, keys = [], [k for k in LABELS if k in table]
+    mine = table[[bool(_RESIDUAL.match(g)) for g in table.group]]
+    root = lambda v: math.sqrt(max(v, 0.0)) if np.isfinite(v) else np.nan
     for labels, g in mine.groupby(keys, sort=False) if keys else [((), mine)]:
         if g.group.nunique() < 2:
-            raise ValueError(f"a spread needs two residual blocks or more, and {dict(zip(keys, labels)) or 'the table'} has {g.group.nunique()}: give exponents by block")
+            raise ValueError(
+                f"a spread needs two residual blocks or more, and {dict(zip(keys, labels)) or 'the table'} has {g.group.nunique()}: give exponents by block"
+            )
         row = (_over_seeds if "seed" in g else _by_errors)(g, level)
-        rows.append(dict(zip(keys, labels)) | dict(blocks=g.group.nunique()) | row | dict(spread=root(row["variance"]), low=root(row["low"]), high=root(row["high"])))
+        rows.append(
+            dict(zip(keys, labels))
+            | dict(blocks=g.group.nunique())
+            | row
+            | dict(spread=root(row["variance"]), low=root(row["low"]), high=root(row["high"]))
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/32a_uniformity.ipynb #c687eca4
@@ -57,12 +86,23 @@ def trend(
     x: np.ndarray,  # [points] depth, width, or the logarithm of one
     y: np.ndarray,  # [points] spreads
     se: np.ndarray | None = None,  # [points] their standard errors, if known
-    level: float = .95,  # confidence of the interval
+    level: float = 0.95,  # confidence of the interval
 ) -> dict:  # slope, its se, low, high, p (two-sided, of no slope), points
     "Least-squares slope of y against x, with Student's interval and p-value"
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(set(x)) < 3: raise ValueError(f"a slope with an error needs three different values of x, and there are {len(set(x))}: add some")
-    d, dof = x - x.mean(), len(x) - 2; c = d / (d @ d); slope = c @ (y - y.mean())
-    error = max(math.sqrt(((y - y.mean() - slope * d)**2).sum() / dof / (d @ d)), 0. if se is None else math.sqrt((c**2 * np.asarray(se, float)**2).sum()))
-    half, p = stats.t.ppf((1 + level) / 2, dof) * error, 2 * stats.t.sf(abs(slope) / error, dof) if error else float(slope == 0)
+    if len(set(x)) < 3:
+        raise ValueError(
+            f"a slope with an error needs three different values of x, and there are {len(set(x))}: add some"
+        )
+    d, dof = x - x.mean(), len(x) - 2
+    c = d / (d @ d)
+    slope = c @ (y - y.mean())
+    error = max(
+        math.sqrt(((y - y.mean() - slope * d) ** 2).sum() / dof / (d @ d)),
+        0.0 if se is None else math.sqrt((c**2 * np.asarray(se, float) ** 2).sum()),
+    )
+    half, p = (
+        stats.t.ppf((1 + level) / 2, dof) * error,
+        2 * stats.t.sf(abs(slope) / error, dof) if error else float(slope == 0),
+    )
     return dict(slope=slope, se=error, low=slope - half, high=slope + half, p=p, points=len(x))

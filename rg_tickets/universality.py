@@ -25,45 +25,79 @@ def shared_window(
     flow: Flow,  # runs of several tasks or models, control "imp", at least two seeds each
 ) -> list:  # rounds
     "The rounds in which every system matches its own dense network"
-    real = flow.where(control="imp"); systems = real.frame[["task", "model"]].drop_duplicates().to_dict("records")
+    real = flow.where(control="imp")
+    systems = real.frame[["task", "model"]].drop_duplicates().to_dict("records")
     rounds = sorted(set.intersection(*(set(matching(real.where(**o))) for o in systems)))
     if len(rounds) < 3:
-        raise ValueError(f"all systems match their dense networks in rounds {rounds} only, and a slope needs three: take window='all', or leave the system out that fails first")
+        raise ValueError(
+            f"all systems match their dense networks in rounds {rounds} only, and a slope needs three: take window='all', or leave the system out that fails first"
+        )
     return rounds
+
 
 def _named(v):
     "Index (task, model, control, seed) -> (system, seed): a system is called by the labels in which systems differ"
     vary = [k for k in LABELS if v.index.get_level_values(k).nunique() > 1] or LABELS[:1]
     names = [" · ".join(o) for o in zip(*(v.index.get_level_values(k) for k in vary))]
-    return v.set_axis(pd.MultiIndex.from_arrays([names, v.index.get_level_values("seed")], names=["system", "seed"]))
+    return v.set_axis(
+        pd.MultiIndex.from_arrays(
+            [names, v.index.get_level_values("seed")], names=["system", "seed"]
+        )
+    )
 
 # %% ../nbs/33_universality.ipynb #fa9ad40d
 def _exponents(flow, kind, by, window):
     "Slopes as a table, [runs, groups], in the order of the network"
-    s = slopes(flow, kind, by, shared_window(flow) if isinstance(window, str) and window == "shared" else window)
+    s = slopes(
+        flow,
+        kind,
+        by,
+        shared_window(flow) if isinstance(window, str) and window == "shared" else window,
+    )
     key = pd.MultiIndex.from_frame(s[LABELS + ["seed"]].drop_duplicates())
-    return s.set_index([*LABELS, "seed", "group"]).sigma.unstack("group").reindex(index=key, columns=list(dict.fromkeys(s.group)))
+    return (
+        s.set_index([*LABELS, "seed", "group"])
+        .sigma.unstack("group")
+        .reindex(index=key, columns=list(dict.fromkeys(s.group)))
+    )
+
 
 def vectors(
     flow: Flow,  # runs of several systems
-    against: str | None = None,  # None: sigma; a control, e.g. "untrained" or "oneshot": sigma minus that of the same task, model and seed
+    against: str  # None: sigma; a control, e.g. "untrained" or "oneshot": sigma minus that of the same task, model and seed
+    | None = None,  # None: sigma; a control, e.g. "untrained" or "oneshot": sigma minus that of the same task, model and seed
     control: str | list = "imp",  # which runs are compared
-    kind: str = "share", by: str = "block",  # observable and grouping, as in `30_flows`
+    kind: str = "share",  # observable and grouping, as in `30_flows`
+    by: str = "block",  # observable and grouping, as in `30_flows`
     window="all",  # "all", "shared", or a list of rounds; one for all systems
     without: tuple = (),  # groups to leave out, e.g. ("stem",); the others are compared among themselves
 ) -> pd.DataFrame:  # index (system, seed), a column per group: sigma or dsigma
     "The exponents of each run as a vector"
-    wide, controls = _exponents(flow, kind, by, window), [control] if isinstance(control, str) else list(control)
+    wide, controls = (
+        _exponents(flow, kind, by, window),
+        [control] if isinstance(control, str) else list(control),
+    )
     there = dict.fromkeys(wide.index.get_level_values("control"))
-    for o in controls + [against] * (against is not None): lookup(o, there, "control")
-    for o in without: lookup(o, dict.fromkeys(wide), "group")
+    for o in controls + [against] * (against is not None):
+        lookup(o, there, "control")
+    for o in without:
+        lookup(o, dict.fromkeys(wide), "group")
     v = wide[wide.index.get_level_values("control").isin(controls)]
     if against is not None:
         null = wide.xs(against, level="control").reindex(v.index.droplevel("control"))
-        v = (v - null.values)[null.notna().any(axis=1).values]  # seeds that have no null are left out
-        if not len(v): raise ValueError(f"no run of {controls} has the null {against!r} of its own task, model and seed")
-    v = v.drop(columns=list(without)); lost = v.columns[v.isna().any()]
-    if len(lost): raise ValueError(f"no exponent of {', '.join(map(repr, lost))} in every system: if it died, take fewer rounds or without={tuple(lost)}; if networks differ in depth, compare with by='stage'")
+        v = (v - null.values)[
+            null.notna().any(axis=1).values
+        ]  # seeds that have no null are left out
+        if not len(v):
+            raise ValueError(
+                f"no run of {controls} has the null {against!r} of its own task, model and seed"
+            )
+    v = v.drop(columns=list(without))
+    lost = v.columns[v.isna().any()]
+    if len(lost):
+        raise ValueError(
+            f"no exponent of {', '.join(map(repr, lost))} in every system: if it died, take fewer rounds or without={tuple(lost)}; if networks differ in depth, compare with by='stage'"
+        )
     return _named(v)
 
 # %% ../nbs/33_universality.ipynb #d6726ccb
@@ -71,7 +105,8 @@ def coordinates(
     v: pd.DataFrame,  # [runs, groups] from `vectors`
 ) -> np.ndarray:  # [runs, groups - 1]
     "Centred exponents in an orthonormal basis of the plane in which they sum to zero"
-    if v.shape[1] < 2: raise ValueError("log-ratios need at least two groups")
+    if v.shape[1] < 2:
+        raise ValueError("log-ratios need at least two groups")
     return v.values @ helmert(v.shape[1]).T
 
 # %% ../nbs/33_universality.ipynb #a3753a04
@@ -83,12 +118,14 @@ def shrunk(
     S, p = scatter / dof, scatter.shape[-1]
     tr, tr2 = np.trace(S, axis1=-2, axis2=-1), (S * S).sum((-2, -1))
     top, low = (1 - 2 / p) * tr2 + tr**2, (dof + 1 - 2 / p) * (tr2 - tr**2 / p)
-    rho = np.where(low > top, top / np.where(low > 0, low, 1), 1.)
+    rho = np.where(low > top, top / np.where(low > 0, low, 1), 1.0)
     return (1 - rho)[..., None, None] * S + (rho * tr / p)[..., None, None] * np.eye(p), rho
+
 
 @dataclass
 class Noise:
     "How the exponents of one system scatter over seeds"
+
     cov: np.ndarray  # [p, p] covariance of one run, in `coordinates`
     dof: int  # degrees of freedom it was estimated with
     seeds: pd.Series  # number of runs, by system
@@ -98,40 +135,65 @@ class Noise:
 # %% ../nbs/33_universality.ipynb #08ad976a
 def _residuals(v):
     "Residuals [n, p], degrees of freedom, and whether seeds are shared by all systems"
-    x = pd.DataFrame(coordinates(v), index=v.index); seeds = [tuple(sorted(g.index.get_level_values("seed"))) for _, g in x.groupby("system", sort=False)]
+    x = pd.DataFrame(coordinates(v), index=v.index)
+    seeds = [
+        tuple(sorted(g.index.get_level_values("seed"))) for _, g in x.groupby("system", sort=False)
+    ]
     paired = len(seeds) > 1 and len(set(seeds)) == 1 and len(seeds[0]) > 1
     r = x - x.groupby("system").transform("mean")
-    if paired: r = r - r.groupby("seed").transform("mean")
-    return r.values, (len(seeds) - 1) * (len(seeds[0]) - 1) if paired else len(x) - len(seeds), paired
+    if paired:
+        r = r - r.groupby("seed").transform("mean")
+    return (
+        r.values,
+        (len(seeds) - 1) * (len(seeds[0]) - 1) if paired else len(x) - len(seeds),
+        paired,
+    )
+
 
 def noise(
     v: pd.DataFrame,  # from `vectors`
 ) -> Noise:
     "Covariance of the exponents over seeds, pooled over systems and shrunk"
-    if v.index.duplicated().any(): raise ValueError(f"two vectors of {v.index[v.index.duplicated()][0]}: each run once")
+    if v.index.duplicated().any():
+        raise ValueError(f"two vectors of {v.index[v.index.duplicated()][0]}: each run once")
     twin = v.reset_index()[v.reset_index().duplicated(["seed", *v.columns])]
     if len(twin):
-        raise ValueError(f"{twin.system.iloc[0]!r} has the very numbers of another system, as a null has that does not know its task: keep one of them")
+        raise ValueError(
+            f"{twin.system.iloc[0]!r} has the very numbers of another system, as a null has that does not know its task: keep one of them"
+        )
     r, dof, paired = _residuals(v)
-    if dof < 1: raise ValueError("no system has two seeds, so nothing says how exponents scatter: give more seeds")
+    if dof < 1:
+        raise ValueError(
+            "no system has two seeds, so nothing says how exponents scatter: give more seeds"
+        )
     cov, rho = shrunk(r.T @ r, dof)
     if not np.trace(cov) > 1e-18:
-        raise ValueError("the exponents do not scatter at all over seeds, so distances in standard errors have no meaning: are the seeds different runs?")
+        raise ValueError(
+            "the exponents do not scatter at all over seeds, so distances in standard errors have no meaning: are the seeds different runs?"
+        )
     return Noise(cov, dof, v.groupby("system", sort=False).size(), paired, float(rho))
 
 # %% ../nbs/33_universality.ipynb #640726ff
 def _pairwise(means, cov, seeds):
     "z of all pairs: means [..., K, p], cov [..., p, p], seeds [K] -> [..., pairs]"
-    i, j = np.triu_indices(len(seeds), 1); d = means[..., i, :] - means[..., j, :]
+    i, j = np.triu_indices(len(seeds), 1)
+    d = means[..., i, :] - means[..., j, :]
     z2 = (d * np.swapaxes(np.linalg.solve(cov, np.swapaxes(d, -1, -2)), -1, -2)).sum(-1)
     return np.sqrt(z2 / means.shape[-1] / (1 / seeds[i] + 1 / seeds[j]))
+
 
 def distances(
     v: pd.DataFrame,  # from `vectors`
 ) -> pd.DataFrame:  # [systems, systems] in standard errors per direction
     "Generalised least-squares distance between all systems"
-    e = noise(v); means = v.groupby("system", sort=False).mean()
-    return pd.DataFrame(squareform(_pairwise(coordinates(means), e.cov, e.seeds.values)), means.index, means.index.rename(None))
+    e = noise(v)
+    means = v.groupby("system", sort=False).mean()
+    return pd.DataFrame(
+        squareform(_pairwise(coordinates(means), e.cov, e.seeds.values)),
+        means.index,
+        means.index.rename(None),
+    )
+
 
 def null_distances(
     e: Noise,  # from `noise`
@@ -140,7 +202,8 @@ def null_distances(
 ) -> np.ndarray:  # [draws, pairs], pairs in the order of itertools.combinations
     "Distances of systems that are all one flow, measured as these were"
     rng, K, p = np.random.default_rng(stream(seed, "null distances")), len(e.seeds), len(e.cov)
-    w = rng.normal(size=(draws, max(e.dof, p), p)); w = np.swapaxes(w, -1, -2) @ w / max(e.dof, p)  # how far off the covariance may be
+    w = rng.normal(size=(draws, max(e.dof, p), p))
+    w = np.swapaxes(w, -1, -2) @ w / max(e.dof, p)  # how far off the covariance may be
     root = np.swapaxes(np.linalg.cholesky(e.cov) @ np.linalg.cholesky(np.linalg.inv(w)), -1, -2)
     means = rng.normal(size=(draws, K, p)) @ root / np.sqrt(e.seeds.values)[:, None]
     r = rng.normal(size=(draws, e.dof, p)) @ root
@@ -149,7 +212,10 @@ def null_distances(
 # %% ../nbs/33_universality.ipynb #9d919e66
 _ends = lambda r: np.clip(r, -1 + 1e-9, 1 - 1e-9)
 
-def _flat(a, b): return np.ptp(a) < 1e-12 or np.ptp(b) < 1e-12
+
+def _flat(a, b):
+    return np.ptp(a) < 1e-12 or np.ptp(b) < 1e-12
+
 
 SIMILARITIES = {  # (mean vector of a, of b) -> number, range
     "signs": (lambda a, b: np.mean(np.sign(a) == np.sign(b)), (0, 1)),
@@ -158,36 +224,64 @@ SIMILARITIES = {  # (mean vector of a, of b) -> number, range
     "distance": (lambda a, b: np.linalg.norm((a - a.mean()) - (b - b.mean())), (0, np.inf)),
 }
 
+
 def _left_out(x):
     "Means with one seed left out, [seeds, groups]"
     return (x.sum(0) - x) / (len(x) - 1)
 
-def _jackknife(f, x, y, paired, limits, level=.95):
+
+def _jackknife(f, x, y, paired, limits, level=0.95):
     "f(mean of x, mean of y) with standard error and interval over seeds"
-    z, back = (lambda r: np.arctanh(_ends(r)), np.tanh) if limits == (-1, 1) else (lambda r: r, lambda r: r)
-    mx, my = x.mean(0), y.mean(0); value = f(mx, my)
-    if min(len(x), len(y)) < 2: return value, np.nan, np.nan, np.nan
-    sets = [[f(a, b) for a, b in zip(_left_out(x), _left_out(y))]] if paired else [[f(a, my) for a in _left_out(x)], [f(mx, b) for b in _left_out(y)]]
-    error = lambda g: np.sqrt(sum((len(o) - 1)**2 / len(o) * np.var(g(np.array(o)), ddof=1) for o in sets))
+    z, back = (
+        (lambda r: np.arctanh(_ends(r)), np.tanh)
+        if limits == (-1, 1)
+        else (lambda r: r, lambda r: r)
+    )
+    mx, my = x.mean(0), y.mean(0)
+    value = f(mx, my)
+    if min(len(x), len(y)) < 2:
+        return value, np.nan, np.nan, np.nan
+    sets = (
+        [[f(a, b) for a, b in zip(_left_out(x), _left_out(y))]]
+        if paired
+        else [[f(a, my) for a in _left_out(x)], [f(mx, b) for b in _left_out(y)]]
+    )
+    error = lambda g: np.sqrt(
+        sum((len(o) - 1) ** 2 / len(o) * np.var(g(np.array(o)), ddof=1) for o in sets)
+    )
     half = stats.t.ppf((1 + level) / 2, min(len(x), len(y)) - 1) * error(z)
-    return value, error(lambda r: r), *(float(np.clip(back(z(value) + s * half), *limits)) for s in (-1, 1))
+    return (
+        value,
+        error(lambda r: r),
+        *(float(np.clip(back(z(value) + s * half), *limits)) for s in (-1, 1)),
+    )
 
 # %% ../nbs/33_universality.ipynb #1ae75d4f
 def similarity(
     flow,  # a Flow, or what `vectors` gave
     against: str | None = None,  # as in `vectors`
-    level: float = .95,  # of the intervals
+    level: float = 0.95,  # of the intervals
     draws: int = 4000,  # simulated studies for the p-value
     seed: int = 0,  # of the simulation
     **how,  # control, kind, by, window, without, as in `vectors`
 ) -> pd.DataFrame:  # a row per pair and kind: a, b, kind, value, se, low, high, p, p_family (of kind "errors": distance in standard errors)
     "How alike the flows of all pairs of systems are, in five ways"
     v = vectors(flow, against, **how) if isinstance(flow, Flow) else flow
-    e, runs, rows = noise(v), {k: g.sort_index().values for k, g in v.groupby("system", sort=False)}, []
-    if len(runs) < 2: raise ValueError(f"there is one system, {next(iter(runs))!r}, and nothing to compare it with")
-    null = null_distances(e, draws, seed); above = lambda sample, z: (1 + (sample >= z).sum()) / (1 + len(sample))
+    e, runs, rows = (
+        noise(v),
+        {k: g.sort_index().values for k, g in v.groupby("system", sort=False)},
+        [],
+    )
+    if len(runs) < 2:
+        raise ValueError(
+            f"there is one system, {next(iter(runs))!r}, and nothing to compare it with"
+        )
+    null = null_distances(e, draws, seed)
+    above = lambda sample, z: (1 + (sample >= z).sum()) / (1 + len(sample))
     for i, (a, b) in enumerate(combinations(runs, 2)):
-        metric = lambda x, y: _pairwise(np.stack([x, y]) @ helmert(v.shape[1]).T, e.cov, e.seeds[[a, b]].values)[0]
+        metric = lambda x, y: _pairwise(
+            np.stack([x, y]) @ helmert(v.shape[1]).T, e.cov, e.seeds[[a, b]].values
+        )[0]
         for kind, (f, limits) in (SIMILARITIES | {"errors": (metric, (0, np.inf))}).items():
             value, se, low, high = _jackknife(f, runs[a], runs[b], e.paired, limits, level)
             rows.append(dict(a=a, b=b, kind=kind, value=value, se=se, low=low, high=high))
@@ -202,20 +296,30 @@ def same_flow(
 ) -> float:  # p-value; at least 1 / (draws + 1)
     "Permutation p-value of the hypothesis that all systems are one flow: runs are dealt out to systems anew"
     e, rng = noise(v), np.random.default_rng(stream(seed, "same flow"))
-    v = v.sort_index(level="seed", kind="stable"); v = v.loc[list(e.seeds.index)]; x = coordinates(v); K, p = len(e.seeds), x.shape[1]
-    if e.paired: x = (cube := x.reshape(K, -1, p)) - cube.mean(0); x = x.reshape(-1, p)
-    else: x = x - x.mean(0)
+    v = v.sort_index(level="seed", kind="stable")
+    v = v.loc[list(e.seeds.index)]
+    x = coordinates(v)
+    K, p = len(e.seeds), x.shape[1]
+    if e.paired:
+        x = (cube := x.reshape(K, -1, p)) - cube.mean(0)
+        x = x.reshape(-1, p)
+    else:
+        x = x - x.mean(0)
     x = x @ np.linalg.inv(np.linalg.cholesky(shrunk(x.T @ x, len(x))[0])).T
     owner = np.repeat(np.eye(K), e.seeds.values, axis=0) / np.sqrt(e.seeds.values)  # [runs, K]
-    between = lambda x: ((owner.T @ x)**2).sum((-2, -1))
-    if e.paired: order = rng.random((draws, K, len(x) // K)).argsort(1); dealt = x.reshape(K, -1, p)[order, np.arange(len(x) // K)].reshape(draws, -1, p)
-    else: dealt = x[rng.random((draws, len(x))).argsort(1)]
+    between = lambda x: ((owner.T @ x) ** 2).sum((-2, -1))
+    if e.paired:
+        order = rng.random((draws, K, len(x) // K)).argsort(1)
+        dealt = x.reshape(K, -1, p)[order, np.arange(len(x) // K)].reshape(draws, -1, p)
+    else:
+        dealt = x[rng.random((draws, len(x))).argsort(1)]
     return float((1 + (between(dealt) >= between(x) * (1 - 1e-9)).sum()) / (1 + draws))
 
 # %% ../nbs/33_universality.ipynb #66bbd928
 @dataclass
 class Classes:
     "Systems sorted into classes that the seeds can tell apart"
+
     label: pd.Series  # system -> class, 1, 2, ... in order of appearance
     distances: pd.DataFrame  # [systems, systems] in standard errors
     tree: np.ndarray  # SciPy linkage
@@ -224,10 +328,11 @@ class Classes:
     resolution: float  # typical distance of exponents at the cut, in units of sigma
     level: float  # chance to split one flow
 
+
 def classes(
     flow,  # a Flow, or what `vectors` gave
     against: str | None = None,  # as in `vectors`
-    level: float = .05,  # chance to split systems that are one flow
+    level: float = 0.05,  # chance to split systems that are one flow
     draws: int = 4000,  # simulated studies and permutations
     seed: int = 0,  # of both
     **how,  # control, kind, by, window, without, as in `vectors`
@@ -235,27 +340,53 @@ def classes(
     "Classes by hierarchical clustering, cut where chance ends"
     v = vectors(flow, against, **how) if isinstance(flow, Flow) else flow
     z, e = distances(v), noise(v)
-    if len(z) < 2: raise ValueError("classes need at least two systems")
-    cut = float(np.quantile(null_distances(e, draws, seed).max(1), 1 - level)); tree = linkage(squareform(z.values, checks=False), "complete")
-    found = fcluster(tree, cut, "distance"); order = {o: i + 1 for i, o in enumerate(dict.fromkeys(found))}
+    if len(z) < 2:
+        raise ValueError("classes need at least two systems")
+    cut = float(np.quantile(null_distances(e, draws, seed).max(1), 1 - level))
+    tree = linkage(squareform(z.values, checks=False), "complete")
+    found = fcluster(tree, cut, "distance")
+    order = {o: i + 1 for i, o in enumerate(dict.fromkeys(found))}
     size = cut * np.sqrt(np.trace(e.cov) * 2 / e.seeds.mean())
-    return Classes(pd.Series([order[o] for o in found], z.index, name="class"), z, tree, cut, same_flow(v, draws, seed), float(size), level)
+    return Classes(
+        pd.Series([order[o] for o in found], z.index, name="class"),
+        z,
+        tree,
+        cut,
+        same_flow(v, draws, seed),
+        float(size),
+        level,
+    )
 
 # %% ../nbs/33_universality.ipynb #c22d9965
 def confidence_sets(
     found: Classes,  # from `classes`
 ) -> dict:  # system -> list of the systems it cannot be told apart from, itself among them
     "Which systems each might be the same as"
-    return {a: [b for b in found.distances if found.distances.loc[a, b] <= found.cut] for a in found.distances}
+    return {
+        a: [b for b in found.distances if found.distances.loc[a, b] <= found.cut]
+        for a in found.distances
+    }
+
 
 def in_words(
     found: Classes,  # from `classes`
 ) -> str:  # a few lines
     "What the classes say, in sentences"
-    sets, K = confidence_sets(found), len(found.label); apart = sum(K - len(o) for o in sets.values()) // 2
-    lines = [f"{K} systems in {found.label.nunique()} classes; {apart} of {K * (K - 1) // 2} pairs can be told apart (more than {found.cut:.1f} standard errors; one flow would be split in {found.level:.0%} of studies).",
-             f"All one flow: p = {found.p:.3g} by permutation of runs. A distance of exponents below about {found.resolution:.3f} would not be seen."]
-    return "\n".join(lines + [f"  {a}: cannot be told from {', '.join(o for o in b if o != a)}" if len(b) > 1 else f"  {a}: stands alone" for a, b in sets.items()])
+    sets, K = confidence_sets(found), len(found.label)
+    apart = sum(K - len(o) for o in sets.values()) // 2
+    lines = [
+        f"{K} systems in {found.label.nunique()} classes; {apart} of {K * (K - 1) // 2} pairs can be told apart (more than {found.cut:.1f} standard errors; one flow would be split in {found.level:.0%} of studies).",
+        f"All one flow: p = {found.p:.3g} by permutation of runs. A distance of exponents below about {found.resolution:.3f} would not be seen.",
+    ]
+    return "\n".join(
+        lines
+        + [
+            f"  {a}: cannot be told from {', '.join(o for o in b if o != a)}"
+            if len(b) > 1
+            else f"  {a}: stands alone"
+            for a, b in sets.items()
+        ]
+    )
 
 # %% ../nbs/33_universality.ipynb #83cd3ab4
 def plot_classes(
@@ -264,15 +395,38 @@ def plot_classes(
 ) -> tuple:  # the two axes
     "Dendrogram and heat map of distances in standard errors, with the cut between classes"
     K = len(found.label)
-    tree, heat = axes if axes is not None else plt.subplots(1, 2, figsize=(8, 1. + .38 * K), width_ratios=(1, 1.4), layout="constrained")[1]
-    order = dendrogram(found.tree, orientation="left", no_labels=True, ax=tree, color_threshold=0, above_threshold_color="#444444")["leaves"][::-1]
+    tree, heat = (
+        axes
+        if axes is not None
+        else plt.subplots(
+            1, 2, figsize=(8, 1.0 + 0.38 * K), width_ratios=(1, 1.4), layout="constrained"
+        )[1]
+    )
+    order = dendrogram(
+        found.tree,
+        orientation="left",
+        no_labels=True,
+        ax=tree,
+        color_threshold=0,
+        above_threshold_color="#444444",
+    )["leaves"][::-1]
     tree.axvline(found.cut, color=SERIES[0], lw=1, ls="--")
-    tree.text(found.cut, tree.get_ylim()[1], " cut", color=SERIES[0], fontsize=8, ha="right", va="bottom")
-    tree.set_xlabel("distance in standard errors"); tree.spines[["top", "right", "left"]].set_visible(False)
-    z = found.distances.iloc[order, order]; image = heat.imshow(z, cmap="viridis_r", vmin=0, aspect="auto")
+    tree.text(
+        found.cut, tree.get_ylim()[1], " cut", color=SERIES[0], fontsize=8, ha="right", va="bottom"
+    )
+    tree.set_xlabel("distance in standard errors")
+    tree.spines[["top", "right", "left"]].set_visible(False)
+    z = found.distances.iloc[order, order]
+    image = heat.imshow(z, cmap="viridis_r", vmin=0, aspect="auto")
     for i, j in np.ndindex(K, K):
-        text, colour = f"{z.iat[i, j]:.1f}" + " •" * int(z.iat[i, j] <= found.cut), "white" if z.iat[i, j] > .55 * z.values.max() else "black"
-        if i != j: heat.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    heat.set_yticks(range(K), [f"{o}  [{found.label[o]}]" for o in z.index], fontsize=8); heat.set_xticks([]); heat.spines[:].set_visible(False)
-    heat.figure.colorbar(image, ax=heat, label="distance z", shrink=.8)
+        text, colour = (
+            f"{z.iat[i, j]:.1f}" + " •" * int(z.iat[i, j] <= found.cut),
+            "white" if z.iat[i, j] > 0.55 * z.values.max() else "black",
+        )
+        if i != j:
+            heat.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    heat.set_yticks(range(K), [f"{o}  [{found.label[o]}]" for o in z.index], fontsize=8)
+    heat.set_xticks([])
+    heat.spines[:].set_visible(False)
+    heat.figure.colorbar(image, ax=heat, label="distance z", shrink=0.8)
     return tree, heat

@@ -1,4 +1,5 @@
 "Elastic tickets against slow or foreign peers: real ResNets, rebuilt predictions, many draws"
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +8,18 @@ import torchvision
 from torchvision.models.resnet import BasicBlock, ResNet
 from rg_tickets import free
 from rg_tickets.basics import generator
-from rg_tickets.elastic import BLOCKS, STRATEGIES, block_map, blocks, drift, every_map, fitted, guided, parse, stretch
+from rg_tickets.elastic import (
+    BLOCKS,
+    STRATEGIES,
+    block_map,
+    blocks,
+    drift,
+    every_map,
+    fitted,
+    guided,
+    parse,
+    stretch,
+)
 from rg_tickets.masks import MaskHistory, prune
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
@@ -15,80 +27,163 @@ from rg_tickets.tickets import Ticket, TicketError, apply, digest
 from rg_tickets.uniformity import spread, trend
 
 LISTED = [  # strategy, source, target, the original authors' map
-    ("interpolate", 20, 32, "0:0;1:1,2;2:3,4"), ("append", 20, 32, "0:0;1:1,3;2:2,4"),
-    ("interpolate", 32, 56, "0:0;1:1,2;2:3,4;3:5,6;4:7,8"), ("append", 32, 56, "0:0;1:1,5;2:2,6;3:3,7;4:4,8"),
-    ("interpolate", 14, 20, "0:0;1:1,2"), ("interpolate", 14, 44, "0:0;1:1,2,3,4,5,6"), ("append", 14, 56, "0:0;1:1,2,3,4,5,6,7,8"),
-    ("partial-head", 32, 44, "0:0;1:1,3;2:2,4;3:5;4:6"), ("interpolate", 44, 56, "0:0;1:1,2;2:3,4;3:5;4:6;5:7;6:8"),
-    ("interval", 56, 32, "0:0;1:1;3:2;5:3;7:4"), ("drop-tail", 56, 32, "0:0;1:1;2:2;3:3;4:4"), ("drop-head", 56, 32, "0:0;5:1;6:2;7:3;8:4"),
+    ("interpolate", 20, 32, "0:0;1:1,2;2:3,4"),
+    ("append", 20, 32, "0:0;1:1,3;2:2,4"),
+    ("interpolate", 32, 56, "0:0;1:1,2;2:3,4;3:5,6;4:7,8"),
+    ("append", 32, 56, "0:0;1:1,5;2:2,6;3:3,7;4:4,8"),
+    ("interpolate", 14, 20, "0:0;1:1,2"),
+    ("interpolate", 14, 44, "0:0;1:1,2,3,4,5,6"),
+    ("append", 14, 56, "0:0;1:1,2,3,4,5,6,7,8"),
+    ("partial-head", 32, 44, "0:0;1:1,3;2:2,4;3:5;4:6"),
+    ("interpolate", 44, 56, "0:0;1:1,2;2:3,4;3:5;4:6;5:7;6:8"),
+    ("interval", 56, 32, "0:0;1:1;3:2;5:3;7:4"),
+    ("drop-tail", 56, 32, "0:0;1:1;2:2;3:3;4:4"),
+    ("drop-head", 56, 32, "0:0;5:1;6:2;7:3;8:4"),
     ("reorder", 44, 44, "0:0;1:2;2:1;3:4;4:3;5:6;6:5"),
     ("interpolate", "resnet18", "resnet34", "0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2,3,4,5|0:0;1:1,2"),
-    ("drop-tail", "resnet34", "resnet18", "0:0;1:1|0:0;1:1|0:0;1:1|0:0;1:1")]
+    ("drop-tail", "resnet34", "resnet18", "0:0;1:1|0:0;1:1|0:0;1:1|0:0;1:1"),
+]
 
 
 def pruned(network, rounds=3, scales=False):
     "A ticket of a network that is pruned and never trained; with `scales` every tensor gets a scale of its own"
     g, p = generator(0, "scales"), prunable(network)
     with torch.no_grad():
-        for w in p.values(): w.mul_(1 + scales * .5 * torch.rand(1, generator=g))
+        for w in p.values():
+            w.mul_(1 + scales * 0.5 * torch.rand(1, generator=g))
     history = MaskHistory.dense(p)
-    for _ in range(rounds): prune(history, {k: w.detach() for k, w in p.items()}, sum(history.alive().values()) // 5)
-    return Ticket({k: t.clone() for k, t in network.state_dict().items()}, history, about=dict(model=network.name, task="none"))
+    for _ in range(rounds):
+        prune(history, {k: w.detach() for k, w in p.items()}, sum(history.alive().values()) // 5)
+    return Ticket(
+        {k: t.clone() for k, t in network.state_dict().items()},
+        history,
+        about=dict(model=network.name, task="none"),
+    )
 
 
-def cifar(depth, **kw): return resnet(f"cifar_resnet{depth}", **dict(width=4, in_channels=1) | kw)
+def cifar(depth, **kw):
+    return resnet(f"cifar_resnet{depth}", **dict(width=4, in_channels=1) | kw)
 
 
 @pytest.mark.parametrize("strategy, source, target, text", LISTED, ids=lambda o: str(o)[:24])
 def test_listed_maps(strategy, source, target, text):
     assert str(block_map(strategy, source, target)) == str(parse(text)) == text
-    assert fitted(text, source, target) in every_map(source, target, ordered=False, limit=10**8) if isinstance(source, int) and target < 44 else True
+    assert (
+        fitted(text, source, target) in every_map(source, target, ordered=False, limit=10**8)
+        if isinstance(source, int) and target < 44
+        else True
+    )
 
 
-@pytest.mark.parametrize("strategy, source, target, text", [o for o in LISTED if isinstance(o[1], int)], ids=lambda o: str(o)[:24])
+@pytest.mark.parametrize(
+    "strategy, source, target, text",
+    [o for o in LISTED if isinstance(o[1], int)],
+    ids=lambda o: str(o)[:24],
+)
 def test_listed_maps_carry_tickets(strategy, source, target, text):
-    ticket = pruned(cifar(source)); there = stretch(ticket, text, target); network = apply(there, cifar(target, seed=5)); state, mask = network.state_dict(), ticket.history.mask()
+    ticket = pruned(cifar(source))
+    there = stretch(ticket, text, target)
+    network = apply(there, cifar(target, seed=5))
+    state, mask = network.state_dict(), ticket.history.mask()
     assert there.about["model"] == f"cifar_resnet{target}" and list(there.weights) == list(state)
     for part in text.split(";"):
         i, js = part.split(":")
         for s in (1, 2, 3):
             for j in js.split(","):
-                for rest in [k.split(".", 2)[2] for k in ticket.weights if k.startswith(f"layer{s}.{i}.")]:
+                for rest in [
+                    k.split(".", 2)[2] for k in ticket.weights if k.startswith(f"layer{s}.{i}.")
+                ]:
                     a, b = f"layer{s}.{i}.{rest}", f"layer{s}.{j}.{rest}"
-                    assert torch.equal(state[b], ticket.weights[a] * mask[a] if a in mask else ticket.weights[a])
-    counts = {k: sum(sum(b == int(k.split(".")[1]) for b in stage) if k.startswith(f"layer{n + 1}.") else 0 for n, stage in enumerate(fitted(text, source))) or 1 for k in mask if k.split(".")[1] in {p.split(":")[0] for p in text.split(";")} or k.startswith("conv1")}
-    assert drift(there).realised.iloc[-1] == pytest.approx(sum(c * mask[k].sum().item() for k, c in counts.items()) / sum(c * mask[k].numel() for k, c in counts.items()))
+                    assert torch.equal(
+                        state[b], ticket.weights[a] * mask[a] if a in mask else ticket.weights[a]
+                    )
+    counts = {
+        k: sum(
+            sum(b == int(k.split(".")[1]) for b in stage) if k.startswith(f"layer{n + 1}.") else 0
+            for n, stage in enumerate(fitted(text, source))
+        )
+        or 1
+        for k in mask
+        if k.split(".")[1] in {p.split(":")[0] for p in text.split(";")} or k.startswith("conv1")
+    }
+    assert drift(there).realised.iloc[-1] == pytest.approx(
+        sum(c * mask[k].sum().item() for k, c in counts.items())
+        / sum(c * mask[k].numel() for k, c in counts.items())
+    )
     assert network(torch.zeros(1, 1, 8, 8)).isfinite().all()
 
 
 def test_a_map_of_maps():
     ticket = pruned(cifar(32))
     there = stretch(stretch(ticket, "reorder", 32), "reorder", 32)
-    assert digest(there.weights) == digest(ticket.weights) and digest(there.history.died) == digest(ticket.history.died)
-    with pytest.raises(TicketError, match="does not fit"): apply(stretch(ticket, "interpolate", 44), cifar(56))
+    assert digest(there.weights) == digest(ticket.weights) and digest(there.history.died) == digest(
+        ticket.history.died
+    )
+    with pytest.raises(TicketError, match="does not fit"):
+        apply(stretch(ticket, "interpolate", 44), cifar(56))
 
 
 def imagenet(name, classes=10):
     "torchvision's own module; ResNet-26 is the original authors'"
-    return ResNet(BasicBlock, [2, 3, 4, 3], num_classes=classes) if name == "resnet26" else getattr(torchvision.models, name)(num_classes=classes)
+    return (
+        ResNet(BasicBlock, [2, 3, 4, 3], num_classes=classes)
+        if name == "resnet26"
+        else getattr(torchvision.models, name)(num_classes=classes)
+    )
 
 
-@pytest.mark.parametrize("source, target, strategy", [("resnet18", "resnet34", "append"), ("resnet18", "resnet26", "interpolate"), ("resnet26", "resnet18", "drop-tail"),
-                                                      ("resnet26", "resnet34", "interpolate"), ("resnet34", "resnet26", "interval")])
+@pytest.mark.parametrize(
+    "source, target, strategy",
+    [
+        ("resnet18", "resnet34", "append"),
+        ("resnet18", "resnet26", "interpolate"),
+        ("resnet26", "resnet18", "drop-tail"),
+        ("resnet26", "resnet34", "interpolate"),
+        ("resnet34", "resnet26", "interval"),
+    ],
+)
 def test_torchvision_networks(source, target, strategy):
-    net = imagenet(source); state = net.state_dict(); ticket = Ticket(state, MaskHistory.dense(prunable(net)), about=dict(model=source))
-    there = stretch(ticket, strategy, target); network = imagenet(target); network.load_state_dict(there.weights, strict=True)
-    assert blocks(network) == BLOCKS[target] and there.about["model"] == target and network.eval()(torch.zeros(1, 3, 32, 32)).isfinite().all()
-    for k in ("conv1.weight", "bn1.running_var", "fc.weight", "layer2.0.downsample.0.weight", "layer4.0.conv1.weight"): assert torch.equal(there.weights[k], state[k])
+    net = imagenet(source)
+    state = net.state_dict()
+    ticket = Ticket(state, MaskHistory.dense(prunable(net)), about=dict(model=source))
+    there = stretch(ticket, strategy, target)
+    network = imagenet(target)
+    network.load_state_dict(there.weights, strict=True)
+    assert (
+        blocks(network) == BLOCKS[target]
+        and there.about["model"] == target
+        and network.eval()(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    )
+    for k in (
+        "conv1.weight",
+        "bn1.running_var",
+        "fc.weight",
+        "layer2.0.downsample.0.weight",
+        "layer4.0.conv1.weight",
+    ):
+        assert torch.equal(there.weights[k], state[k])
     for n, sources in enumerate(fitted(there.about["stretched"]["map"], source, target)):
-        for j, i in enumerate(sources): assert torch.equal(there.weights[f"layer{n + 1}.{j}.conv2.weight"], state[f"layer{n + 1}.{i}.conv2.weight"]), (n, j, i)
-    other = resnet(target, classes=10); apply(there, other)
+        for j, i in enumerate(sources):
+            assert torch.equal(
+                there.weights[f"layer{n + 1}.{j}.conv2.weight"],
+                state[f"layer{n + 1}.{i}.conv2.weight"],
+            ), (n, j, i)
+    other = resnet(target, classes=10)
+    apply(there, other)
     assert all(torch.equal(t, there.weights[k]) for k, t in other.state_dict().items())
 
 
 def test_bottlenecks_have_another_name():
-    with torch.device("meta"): net = resnet("resnet50")
-    ticket = Ticket({k: torch.zeros(2) for k in net.state_dict()}, MaskHistory.dense({k: torch.zeros(2) for k in prunable(net)}))
-    assert blocks(net) == (3, 4, 6, 3) and stretch(ticket, "0:0;1:1").about["model"] == "resnet[2, 2, 2, 2]"
+    with torch.device("meta"):
+        net = resnet("resnet50")
+    ticket = Ticket(
+        {k: torch.zeros(2) for k in net.state_dict()},
+        MaskHistory.dense({k: torch.zeros(2) for k in prunable(net)}),
+    )
+    assert (
+        blocks(net) == (3, 4, 6, 3)
+        and stretch(ticket, "0:0;1:1").about["model"] == "resnet[2, 2, 2, 2]"
+    )
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -97,43 +192,86 @@ def test_guided_by_the_free_theory_is_a_rebuild(n):
     table = guided(ticket, 32, predict="free", n=n, rounds=8, together=False)
     assert len(table) == 125
     for o in table.iloc[::31].itertuples():
-        there = stretch(ticket, o.map, 32); e = free.exponents(free.empirical({k: there.weights[k][m] for k, m in there.history.mask(n).items()}), free.times(8))
-        assert o.score == pytest.approx(e.sigma[e.group.str.startswith("layer")].std(ddof=0), abs=2e-4)
+        there = stretch(ticket, o.map, 32)
+        e = free.exponents(
+            free.empirical({k: there.weights[k][m] for k, m in there.history.mask(n).items()}),
+            free.times(8),
+        )
+        assert o.score == pytest.approx(
+            e.sigma[e.group.str.startswith("layer")].std(ddof=0), abs=2e-4
+        )
         assert o.density == pytest.approx(there.history.density(n))
 
 
 def test_guided_towards_a_flow_is_a_rebuild():
-    ticket = pruned(cifar(20, width=16), scales=True); wanted = free.exponents(free.initial(cifar(32, width=16)))
+    ticket = pruned(cifar(20, width=16), scales=True)
+    wanted = free.exponents(free.initial(cifar(32, width=16)))
     table = guided(ticket, 32, wanted, predict="free", n=0, ordered=False)
     for o in table.iloc[::5].itertuples():
-        e = free.exponents(free.empirical({k: stretch(ticket, o.map).weights[k] for k in wanted_names(ticket, o.map)})); on = e.group.str.startswith("layer")
-        assert o.score == pytest.approx(np.sqrt(((e.sigma - wanted.set_index("group").sigma[e.group].values)[on]**2).mean()), abs=2e-4)
+        e = free.exponents(
+            free.empirical(
+                {k: stretch(ticket, o.map).weights[k] for k in wanted_names(ticket, o.map)}
+            )
+        )
+        on = e.group.str.startswith("layer")
+        assert o.score == pytest.approx(
+            np.sqrt(((e.sigma - wanted.set_index("group").sigma[e.group].values)[on] ** 2).mean()),
+            abs=2e-4,
+        )
 
 
-def wanted_names(ticket, text): return stretch(ticket, text).history.died
+def wanted_names(ticket, text):
+    return stretch(ticket, text).history.died
 
 
 def test_squeezing_and_dropping_everywhere():
     ticket = pruned(cifar(32))
     for ordered in (True, False):
         table = guided(ticket, 20, predict="free", n=0, rounds=4, ordered=ordered)
-        assert {"interval", "drop-tail", "drop-head"} <= set(", ".join(table.strategy).split(", ")) and table.forward.all() == ordered
-    assert set(STRATEGIES) == {"interpolate", "append", "partial-head", "interval", "drop-tail", "drop-head", "reorder"}
+        assert {"interval", "drop-tail", "drop-head"} <= set(
+            ", ".join(table.strategy).split(", ")
+        ) and table.forward.all() == ordered
+    assert set(STRATEGIES) == {
+        "interpolate",
+        "append",
+        "partial-head",
+        "interval",
+        "drop-tail",
+        "drop-head",
+        "reorder",
+    }
 
 
 def test_spread_is_unbiased_though_errors_are_correlated():
-    rng = np.random.default_rng(0); true = rng.standard_normal(6) * .2; mix = np.eye(6) - .3 * np.ones((6, 6)); V, inside = [], 0
+    rng = np.random.default_rng(0)
+    true = rng.standard_normal(6) * 0.2
+    mix = np.eye(6) - 0.3 * np.ones((6, 6))
+    V, inside = [], 0
     for _ in range(600):
-        s = true + .2 * rng.standard_normal((4, 6)) @ mix.T
-        o = spread(pd.DataFrame([dict(seed=k, group=f"layer1.{i}", sigma=v) for k, row in enumerate(s) for i, v in enumerate(row)])).iloc[0]
-        V.append(o.variance); inside += o.low <= true.std() <= o.high
-    assert abs(np.mean(V) - true.var()) < 3 * np.std(V) / 600**.5
-    assert .85 < inside / 600 <= 1
+        s = true + 0.2 * rng.standard_normal((4, 6)) @ mix.T
+        o = spread(
+            pd.DataFrame(
+                [
+                    dict(seed=k, group=f"layer1.{i}", sigma=v)
+                    for k, row in enumerate(s)
+                    for i, v in enumerate(row)
+                ]
+            )
+        ).iloc[0]
+        V.append(o.variance)
+        inside += o.low <= true.std() <= o.high
+    assert abs(np.mean(V) - true.var()) < 3 * np.std(V) / 600**0.5
+    assert 0.85 < inside / 600 <= 1
 
 
 def test_trend_finds_a_known_slope():
     rng, x, hits, p = np.random.default_rng(1), np.array([8, 14, 20, 26, 32, 44, 56]), 0, []
     for _ in range(500):
-        noise = .01 * rng.standard_normal(7); o = trend(x, .1 + .002 * x + noise); hits += o["low"] < .002 < o["high"]; p.append(trend(x, noise)["p"])
-    assert .92 < hits / 500 < .98 and abs(np.mean(np.array(p) < .05) - .05) < .03
-    assert trend(x, .1 + .002 * x, se=.01 * np.ones(7))["se"] == pytest.approx(.01 / np.sqrt(((x - x.mean())**2).sum()))
+        noise = 0.01 * rng.standard_normal(7)
+        o = trend(x, 0.1 + 0.002 * x + noise)
+        hits += o["low"] < 0.002 < o["high"]
+        p.append(trend(x, noise)["p"])
+    assert 0.92 < hits / 500 < 0.98 and abs(np.mean(np.array(p) < 0.05) - 0.05) < 0.03
+    assert trend(x, 0.1 + 0.002 * x, se=0.01 * np.ones(7))["se"] == pytest.approx(
+        0.01 / np.sqrt(((x - x.mean()) ** 2).sum())
+    )

@@ -1,4 +1,5 @@
 "The free theory against slow or foreign peers: exact pruning in other precisions, many draws, the figures of `flows`"
+
 import math
 import numpy as np
 import pytest
@@ -14,54 +15,96 @@ from rg_tickets.models.resnets import resnet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empirical_is_exact_pruning(dtype):
     g = generator(0, "free")
-    w = {"a.weight": torch.randn(40, 9, generator=g, dtype=dtype), "b.weight": 3 * torch.rand(500, generator=g, dtype=dtype)}
+    w = {
+        "a.weight": torch.randn(40, 9, generator=g, dtype=dtype),
+        "b.weight": 3 * torch.rand(500, generator=g, dtype=dtype),
+    }
     for remove in (1, 100, 430, 858, 859):
-        history = MaskHistory.dense(w); prune(history, w, remove)
+        history = MaskHistory.dense(w)
+        prune(history, w, remove)
         A = [w[k][m].abs().double().sum().item() for k, m in history.mask().items()]
-        np.testing.assert_allclose(free.magnitudes(free.empirical(w), history.time(), "tensor").values[0], A, rtol=1e-12)
+        np.testing.assert_allclose(
+            free.magnitudes(free.empirical(w), history.time(), "tensor").values[0], A, rtol=1e-12
+        )
 
 
 def test_bf16_ties_go_together():
-    w = {"a": torch.tensor([1., 1., 1., 2.]).bfloat16()}
-    assert free.magnitudes(free.empirical(w), math.log(2)).values.item() == 2.
+    w = {"a": torch.tensor([1.0, 1.0, 1.0, 2.0]).bfloat16()}
+    assert free.magnitudes(free.empirical(w), math.log(2)).values.item() == 2.0
 
 
 @pytest.mark.parametrize("law", ["gaussian", "uniform"])
 def test_covariance_of_many_draws(law):
-    layers = {"a": free.Layer(400, 1., law), "b": free.Layer(900, .7, law), "c": free.Layer(2000, .5, "gaussian")}
+    layers = {
+        "a": free.Layer(400, 1.0, law),
+        "b": free.Layer(900, 0.7, law),
+        "c": free.Layer(2000, 0.5, "gaussian"),
+    }
     t, rng, rows = free.times(6), np.random.default_rng(0), []
     for _ in range(3000):
-        w = {k: torch.from_numpy(np.abs(rng.standard_normal(l.count) if l.law is free.LAWS["gaussian"] else rng.random(l.count)) * l.scale) for k, l in layers.items()}
-        values, owner = torch.cat(list(w.values())), torch.cat([torch.full((l.count,), i) for i, l in enumerate(layers.values())])
-        order = values.argsort(descending=True); kept = np.round(len(values) * np.exp(-t)).astype(int)
-        rows.append(np.log([torch.bincount(owner[order[:n]], values[order[:n]], 3).numpy() for n in kept]))
-    seen, said = np.cov(np.reshape(rows, (3000, -1)).T), free.covariance(layers, t, kind="magnitude").transpose(0, 2, 1, 3).reshape(21, 21)
+        w = {
+            k: torch.from_numpy(
+                np.abs(
+                    rng.standard_normal(l.count)
+                    if l.law is free.LAWS["gaussian"]
+                    else rng.random(l.count)
+                )
+                * l.scale
+            )
+            for k, l in layers.items()
+        }
+        values, owner = (
+            torch.cat(list(w.values())),
+            torch.cat([torch.full((l.count,), i) for i, l in enumerate(layers.values())]),
+        )
+        order = values.argsort(descending=True)
+        kept = np.round(len(values) * np.exp(-t)).astype(int)
+        rows.append(
+            np.log([torch.bincount(owner[order[:n]], values[order[:n]], 3).numpy() for n in kept])
+        )
+    seen, said = (
+        np.cov(np.reshape(rows, (3000, -1)).T),
+        free.covariance(layers, t, kind="magnitude").transpose(0, 2, 1, 3).reshape(21, 21),
+    )
     sd = np.sqrt(np.diag(said))
-    assert np.abs((seen - said) / np.outer(sd, sd)).max() < .12
+    assert np.abs((seen - said) / np.outer(sd, sd)).max() < 0.12
 
 
 def test_exponents_agree_with_flows_and_feed_its_figure():
     layers = free.initial(resnet("cifar_resnet14"))
     e, M = free.exponents(layers), free.shares(layers, free.times())
-    np.testing.assert_allclose(e.sigma, [slope(M.index.values, M[g].values)["sigma"] for g in e.group], atol=1e-10)
+    np.testing.assert_allclose(
+        e.sigma, [slope(M.index.values, M[g].values)["sigma"] for g in e.group], atol=1e-10
+    )
     assert plot_exponents(e.assign(kind="relevant"), null=e) is not None
-    assert free.exponents(layers, by="stage").group.tolist() == ["stem", "layer1", "layer2", "layer3"]
+    assert free.exponents(layers, by="stage").group.tolist() == [
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, init", [("resnet18", "default"), ("resnet101", "he"), ("cifar_resnet56", "open_lth")])
+@pytest.mark.parametrize(
+    "name, init", [("resnet18", "default"), ("resnet101", "he"), ("cifar_resnet56", "open_lth")]
+)
 def test_drawn_networks(name, init):
     net = resnet(name, init=init, seed=3)
     theory = free.exponents(free.initial(net, init))
     M = free.shares(free.empirical(prunable(net)), free.times())
-    z = (np.array([slope(M.index.values, M[g].values)["sigma"] for g in theory.group]) - theory.sigma) / theory.se
+    z = (
+        np.array([slope(M.index.values, M[g].values)["sigma"] for g in theory.group]) - theory.sigma
+    ) / theory.se
     assert (z**2).mean() < 2.5 and z.abs().max() < 4.5
 
 
 @pytest.mark.slow
 def test_bert_base_is_a_fixed_point():
     from transformers import BertConfig, BertModel
-    with seeded(0, "init"): net = BertModel(BertConfig())
+
+    with seeded(0, "init"):
+        net = BertModel(BertConfig())
     M = free.shares(free.empirical(prunable(net)), free.times(6))
     se = free.errors(free.initial(net, "bert"), free.times(6))
     drift = np.log(M / M.iloc[0])

@@ -1,4 +1,5 @@
 "Tickets to and from the Hub: what is opened, what a stranger's strings can do, and the real client without a network"
+
 import os, re, subprocess, sys
 from dataclasses import replace
 import pytest
@@ -13,50 +14,125 @@ from rg_tickets.tickets import Ticket, TicketError, digest
 def ticket(**about):
     "A small ticket of three rounds, nobody's in particular"
     g = torch.Generator().manual_seed(0)
-    w = {"layer1.0.conv1.weight": torch.randn(4, 3, 3, 3, generator=g), "layer2.0.conv1.weight": torch.randn(8, 4, 3, 3, generator=g)}
+    w = {
+        "layer1.0.conv1.weight": torch.randn(4, 3, 3, 3, generator=g),
+        "layer2.0.conv1.weight": torch.randn(8, 4, 3, 3, generator=g),
+    }
     died = {k: torch.randint(0, 4, t.shape, generator=g).to(torch.uint8) for k, t in w.items()}
-    died = {k: torch.where(d == 0, torch.tensor(255, dtype=torch.uint8), d) for k, d in died.items()}
-    rounds = [dict(n=n, time=.3 * n, density=.75**n, loss=.1, threshold=.1, metrics=dict(loss=.2, accuracy=.9), tensors=[dict(tensor=k, count=t.numel(), alive=t.numel() - n, l1=10. - n * i, l2=1., largest=1., smallest=.1)
-              for i, (k, t) in enumerate(w.items())]) for n in range(4)]
-    return Ticket(w, MaskHistory(died, 3), rounds, dict(task="a task", model="a network", control="imp", seed=3) | about)
+    died = {
+        k: torch.where(d == 0, torch.tensor(255, dtype=torch.uint8), d) for k, d in died.items()
+    }
+    rounds = [
+        dict(
+            n=n,
+            time=0.3 * n,
+            density=0.75**n,
+            loss=0.1,
+            threshold=0.1,
+            metrics=dict(loss=0.2, accuracy=0.9),
+            tensors=[
+                dict(
+                    tensor=k,
+                    count=t.numel(),
+                    alive=t.numel() - n,
+                    l1=10.0 - n * i,
+                    l2=1.0,
+                    largest=1.0,
+                    smallest=0.1,
+                )
+                for i, (k, t) in enumerate(w.items())
+            ],
+        )
+        for n in range(4)
+    ]
+    return Ticket(
+        w,
+        MaskHistory(died, 3),
+        rounds,
+        dict(task="a task", model="a network", control="imp", seed=3) | about,
+    )
 
 
 def test_there_and_back_in_a_folder(tmp_path):
     t = ticket()
     assert push_to_hub(t, tmp_path / "a", note="Of mine.") == tmp_path / "a"
     back = from_pretrained(tmp_path / "a")
-    assert digest(back.weights) == digest(t.weights) and digest(back.history.died) == digest(t.history.died) and back.rounds == t.rounds and back.about == t.about
-    assert (tmp_path / "a/flow.png").read_bytes()[:4] == b"\x89PNG" and sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", "flow.png", "ticket.safetensors"]
+    assert (
+        digest(back.weights) == digest(t.weights)
+        and digest(back.history.died) == digest(t.history.died)
+        and back.rounds == t.rounds
+        and back.about == t.about
+    )
+    assert (tmp_path / "a/flow.png").read_bytes()[:4] == b"\x89PNG" and sorted(
+        p.name for p in (tmp_path / "a").iterdir()
+    ) == ["README.md", "flow.png", "ticket.safetensors"]
     page = (tmp_path / "a/README.md").read_text()
     assert "Of mine." in page and "from_pretrained('./a')" in page and "network = ..." in page
 
 
 def test_only_the_ticket_is_opened(tmp_path):
     push_to_hub(ticket(), tmp_path)
-    for name in ("config.json", "pytorch_model.bin", "modeling.py", "__init__.py", "adapter.pkl"): (tmp_path / name).write_text("raise SystemExit('run')")
+    for name in ("config.json", "pytorch_model.bin", "modeling.py", "__init__.py", "adapter.pkl"):
+        (tmp_path / name).write_text("raise SystemExit('run')")
     opened, on = [], True
-    sys.addaudithook(lambda event, args: opened.append(os.path.basename(str(args[0]))) if on and event in ("open", "import", "exec") and str(tmp_path) in str(args[0]) else None)
-    from_pretrained(tmp_path); on = False
+    sys.addaudithook(
+        lambda event, args: (
+            opened.append(os.path.basename(str(args[0])))
+            if on and event in ("open", "import", "exec") and str(tmp_path) in str(args[0])
+            else None
+        )
+    )
+    from_pretrained(tmp_path)
+    on = False
     assert set(opened) <= {"ticket.safetensors"}
 
 
-NASTY = ["---\nlicense: mit\n---\n# x", "<script>alert(1)</script>", "`code` | cell |\n| row", "![x](http://a/b.png)", "{{ jinja }}", "x" * 10**5, "\x00\x1b[31m", "{a: &b [*b]}", "!!python/object/apply:os.system ['true']"]
+NASTY = [
+    "---\nlicense: mit\n---\n# x",
+    "<script>alert(1)</script>",
+    "`code` | cell |\n| row",
+    "![x](http://a/b.png)",
+    "{{ jinja }}",
+    "x" * 10**5,
+    "\x00\x1b[31m",
+    "{a: &b [*b]}",
+    "!!python/object/apply:os.system ['true']",
+]
 
 
 @pytest.mark.parametrize("text", NASTY)
-@pytest.mark.parametrize("field", ["task", "model", "control", "rewind", "recipe", "versions", "archive"])
+@pytest.mark.parametrize(
+    "field", ["task", "model", "control", "rewind", "recipe", "versions", "archive"]
+)
 def test_strings_of_strangers_stay_strings(text, field):
     page = card(ticket(**{field: {text: text} if field in ("recipe", "versions") else text}))
     front = yaml.safe_load(page.split("\n---\n")[0])
-    assert front["license"] == "unknown" and front["library_name"] == "rg_tickets" and len(page) < 10_000
-    assert "<script" not in page and all(isinstance(v, (str, int, float)) for v in front["rg_tickets"].values())  # safe_load refuses tags of objects
-    body = re.sub(r"```.*?```|`[^`\n]*`", "", page.split("\n---\n", 1)[1], flags=re.S)  # what is not code
+    assert (
+        front["license"] == "unknown"
+        and front["library_name"] == "rg_tickets"
+        and len(page) < 10_000
+    )
+    assert "<script" not in page and all(
+        isinstance(v, (str, int, float)) for v in front["rg_tickets"].values()
+    )  # safe_load refuses tags of objects
+    body = re.sub(
+        r"```.*?```|`[^`\n]*`", "", page.split("\n---\n", 1)[1], flags=re.S
+    )  # what is not code
     assert "http://a" not in body and "{{" not in body and body.count("\n# ") == 1
 
 
 def test_odd_rounds_have_a_card(tmp_path):
     t = ticket()
-    for rounds in ([], [{}], [{"n": 0, "accuracy": .9}], [dict(t.rounds[0], tensors=[])], [dict(r, metrics={}) for r in t.rounds], t.rounds[:1], "odd", [1, 2]):
+    for rounds in (
+        [],
+        [{}],
+        [{"n": 0, "accuracy": 0.9}],
+        [dict(t.rounds[0], tensors=[])],
+        [dict(r, metrics={}) for r in t.rounds],
+        t.rounds[:1],
+        "odd",
+        [1, 2],
+    ):
         write(replace(t, rounds=rounds), tmp_path / "a")
     assert "owner/name" in card(t)
 
@@ -64,23 +140,39 @@ def test_odd_rounds_have_a_card(tmp_path):
 def test_a_page_of_somebody_else_is_kept(tmp_path):
     for text in ("# A project", "---\nlibrary_name: transformers\n---\n# A model", "---", ""):
         (tmp_path / "README.md").write_text(text)
-        with pytest.raises(ValueError, match="not a ticket's card"): push_to_hub(ticket(), tmp_path)
+        with pytest.raises(ValueError, match="not a ticket's card"):
+            push_to_hub(ticket(), tmp_path)
         assert (tmp_path / "README.md").read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_link_instead_of_the_card_is_replaced_and_not_followed(tmp_path):
-    push_to_hub(ticket(), tmp_path / "a"); (tmp_path / "a/README.md").rename(tmp_path / "far.md"); (tmp_path / "a/README.md").symlink_to(tmp_path / "far.md")
-    before = (tmp_path / "far.md").read_text(); push_to_hub(ticket(), tmp_path / "a", note="New.")
-    assert (tmp_path / "far.md").read_text() == before and "New." in (tmp_path / "a/README.md").read_text()
-    (tmp_path / "b").mkdir(); (tmp_path / "b/sub").symlink_to(tmp_path / "a")
-    with pytest.raises(ValueError, match="leads out"): from_pretrained(tmp_path / "b", "sub")
+    push_to_hub(ticket(), tmp_path / "a")
+    (tmp_path / "a/README.md").rename(tmp_path / "far.md")
+    (tmp_path / "a/README.md").symlink_to(tmp_path / "far.md")
+    before = (tmp_path / "far.md").read_text()
+    push_to_hub(ticket(), tmp_path / "a", note="New.")
+    assert (tmp_path / "far.md").read_text() == before and "New." in (
+        tmp_path / "a/README.md"
+    ).read_text()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/sub").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="leads out"):
+        from_pretrained(tmp_path / "b", "sub")
 
 
 def test_damaged(tmp_path):
-    push_to_hub(ticket(), tmp_path); path = tmp_path / "ticket.safetensors"; whole = path.read_bytes()
-    for data in (b"", whole[:-3], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"\x80\x04cos\nsystem\n(S'true'\ntR."):
+    push_to_hub(ticket(), tmp_path)
+    path = tmp_path / "ticket.safetensors"
+    whole = path.read_bytes()
+    for data in (
+        b"",
+        whole[:-3],
+        whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
+        b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+    ):
         path.write_bytes(data)
-        with pytest.raises(TicketError): from_pretrained(tmp_path)
+        with pytest.raises(TicketError):
+            from_pretrained(tmp_path)
 
 
 @pytest.mark.slow  # the client tries again, and waits
@@ -88,13 +180,25 @@ def test_the_real_client_without_a_network(tmp_path, monkeypatch):
     "A closed port of this machine in place of the Hub"
     api = HfApi(endpoint="http://127.0.0.1:9", token="hf_none")
     real = api.hf_hub_download
-    monkeypatch.setattr(api, "hf_hub_download", lambda *args, **kwargs: real(*args, cache_dir=tmp_path, **kwargs), raising=False)
-    with pytest.raises(HubError, match="cannot be reached"): from_pretrained("me/digits", api=api)
-    with pytest.raises(HubError, match="cannot be reached"): push_to_hub(ticket(), "me/digits", api=api)
+    monkeypatch.setattr(
+        api,
+        "hf_hub_download",
+        lambda *args, **kwargs: real(*args, cache_dir=tmp_path, **kwargs),
+        raising=False,
+    )
+    with pytest.raises(HubError, match="cannot be reached"):
+        from_pretrained("me/digits", api=api)
+    with pytest.raises(HubError, match="cannot be reached"):
+        push_to_hub(ticket(), "me/digits", api=api)
 
 
 @pytest.mark.slow
 def test_the_real_client_told_to_stay_offline(tmp_path):
     code = "from rg_tickets.hub import *\ntry: from_pretrained('me/digits')\nexcept HubError as e: print(e)"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
     assert "HF_HUB_OFFLINE" in done.stdout, done.stderr

@@ -1,9 +1,10 @@
 "The simulated magnet at full length, and on the GPU"
+
 import pytest
 import torch
 from rg_tickets.ising import K_C, clusters, energy, energy_torus, jackknife, mcrg, measure, sample
 
-EXACT = {"even": 1., "odd": 15 / 8}
+EXACT = {"even": 1.0, "odd": 15 / 8}
 
 
 def headline(table, step, operators=7):
@@ -15,15 +16,19 @@ def headline(table, step, operators=7):
 @pytest.mark.slow
 def test_another_seed():
     "The exponents of `02_ising`'s long run, from a run half as long that shares no random number with it"
-    for f, (y, error) in headline(mcrg(measure(64, sweeps=500, replicas=64, seed=65, burn=200)), step=3).items():
-        assert abs(y - EXACT[f]) < 3 * error and error < .02, (f, y, error)
+    for f, (y, error) in headline(
+        mcrg(measure(64, sweeps=500, replicas=64, seed=65, burn=200)), step=3
+    ).items():
+        assert abs(y - EXACT[f]) < 3 * error and error < 0.02, (f, y, error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("L", [8, 16])
 @pytest.mark.parametrize("algorithm", ["cluster", "heat bath", "metropolis"])
 def test_energy_at_criticality(L, algorithm):
-    x = torch.stack([energy(s) for s in sample(L, K_C, 2000, 64, seed=9, burn=400, algorithm=algorithm)]).mean(0)
+    x = torch.stack(
+        [energy(s) for s in sample(L, K_C, 2000, 64, seed=9, burn=400, algorithm=algorithm)]
+    ).mean(0)
     value, error = jackknife(x.numpy(), bins=64)
     assert abs(value - energy_torus(K_C, L)) < 4 * error
 
@@ -32,8 +37,11 @@ def test_clusters_of_a_spiral():
     "The worst case of label propagation: one long winding path"
     joined = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     joined[0, 0, ::2, :-1] = True
-    joined[1, 0, 0::4, -2] = True; joined[0, 0, 1::2] = False
-    joined[1, 0, 1::4, -2] = True; joined[1, 0, 2::4, 0] = True; joined[1, 0, 3:-1:4, 0] = True
+    joined[1, 0, 0::4, -2] = True
+    joined[0, 0, 1::2] = False
+    joined[1, 0, 1::4, -2] = True
+    joined[1, 0, 2::4, 0] = True
+    joined[1, 0, 3:-1:4, 0] = True
     a, b = (clusters(joined, method).flatten() for method in ("scipy", "torch"))
     assert len(torch.stack([a, b], 1).unique(dim=0)) == len(a.unique()) == len(b.unique())
     assert a.bincount().max() > 64 * 32
@@ -44,4 +52,5 @@ def test_large_lattice():
     "L = 256 on the GPU: within three errors once two blockings have passed"
     table = mcrg(measure(256, sweeps=300, replicas=64, seed=0, burn=300, device="cuda"))
     for step in (3, 4):
-        for f, (y, error) in headline(table, step).items(): assert abs(y - EXACT[f]) < 3 * error + .002, (f, step, y, error)
+        for f, (y, error) in headline(table, step).items():
+            assert abs(y - EXACT[f]) < 3 * error + 0.002, (f, step, y, error)

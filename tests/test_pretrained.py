@@ -1,4 +1,5 @@
 "What the notebook `12a_pretrained` does not tell: torchvision's files from end to end, with a URL that needs no network, and files of torchvision networks"
+
 import contextlib, hashlib, io, types
 import pytest, torch, torchvision
 from safetensors.torch import save_file
@@ -9,13 +10,15 @@ same = lambda a, b: a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k i
 
 
 @pytest.fixture(scope="module")
-def eighteen(): return resnet("resnet18", classes=1000, seed=1)
+def eighteen():
+    return resnet("resnet18", classes=1000, seed=1)
 
 
 @pytest.fixture
 def hub(tmp_path):
     "An empty folder of downloads"
-    before = torch.hub.get_dir(); torch.hub.set_dir(str(tmp_path / "hub"))
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
     yield tmp_path / "hub/checkpoints"
     torch.hub.set_dir(before)
 
@@ -23,81 +26,123 @@ def hub(tmp_path):
 @pytest.fixture
 def offer(tmp_path, eighteen, monkeypatch):
     "Let torchvision offer a file of this disk as weights of every network"
-    torch.save(eighteen.state_dict(), tmp_path / "weights"); content = (tmp_path / "weights").read_bytes()
-    path = tmp_path / f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"; path.write_bytes(content)
+    torch.save(eighteen.state_dict(), tmp_path / "weights")
+    content = (tmp_path / "weights").read_bytes()
+    path = tmp_path / f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    path.write_bytes(content)
     weights = types.SimpleNamespace(url=path.as_uri(), meta={"_file_size": 44.7})
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: types.SimpleNamespace(__members__={"V1": weights}))
+    monkeypatch.setattr(
+        torchvision.models,
+        "get_model_weights",
+        lambda name: types.SimpleNamespace(__members__={"V1": weights}),
+    )
     return path
 
 
 def test_torchvision_is_fetched_once_and_only_if_asked(hub, offer, eighteen):
-    net = resnet("resnet18"); start = {k: t.clone() for k, t in net.state_dict().items()}
-    with pytest.raises(FileNotFoundError, match=r"(?s)45 MB.*download=True"): load_pretrained(net, "torchvision:V1")
+    net = resnet("resnet18")
+    start = {k: t.clone() for k, t in net.state_dict().items()}
+    with pytest.raises(FileNotFoundError, match=r"(?s)45 MB.*download=True"):
+        load_pretrained(net, "torchvision:V1")
     assert not hub.exists() and same(start, net.state_dict())
-    with contextlib.redirect_stderr(io.StringIO()): receipt = load_pretrained(net, "torchvision:V1", download=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        receipt = load_pretrained(net, "torchvision:V1", download=True)
     assert (hub / offer.name).is_file() and set(receipt.kept) == {"fc.weight", "fc.bias"}
     offer.unlink()  # from now on the file on this machine has to do
-    whole = resnet("resnet18", classes=1000); load_pretrained(whole, "torchvision:V1", head=True)
+    whole = resnet("resnet18", classes=1000)
+    load_pretrained(whole, "torchvision:V1", head=True)
     assert same(whole.state_dict(), eighteen.state_dict())
 
 
 def test_torchvision_file_is_whole(hub, offer):
-    hub.mkdir(parents=True); (hub / offer.name).write_bytes(offer.read_bytes()[:-1])
-    with pytest.raises(PretrainedError, match="SHA-256"): load_pretrained(resnet("resnet18"), "torchvision:V1")
+    hub.mkdir(parents=True)
+    (hub / offer.name).write_bytes(offer.read_bytes()[:-1])
+    with pytest.raises(PretrainedError, match="SHA-256"):
+        load_pretrained(resnet("resnet18"), "torchvision:V1")
 
 
 def test_download_that_is_not_what_its_name_says_is_not_kept(hub, offer):
     offer.write_bytes(b"a captive portal")
-    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(OSError, match="could not be downloaded"): load_pretrained(resnet("resnet18"), "torchvision:V1", download=True)
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        pytest.raises(OSError, match="could not be downloaded"),
+    ):
+        load_pretrained(resnet("resnet18"), "torchvision:V1", download=True)
     assert list(hub.iterdir()) == []
 
 
 @pytest.mark.parametrize("stem, channels", [("imagenet", 3), ("cifar", 3), ("cifar", 1)])
 def test_stems(eighteen, stem, channels):
-    net = resnet("resnet18", stem=stem, in_channels=channels); own = net.conv1.weight.clone()
+    net = resnet("resnet18", stem=stem, in_channels=channels)
+    own = net.conv1.weight.clone()
     receipt = load_pretrained(net, eighteen.state_dict())
     fits = (stem, channels) == ("imagenet", 3)
-    assert ("conv1.weight" in receipt.taken) == fits and torch.equal(net.conv1.weight, eighteen.conv1.weight if fits else own)
-    assert torch.equal(net.bn1.weight, eighteen.bn1.weight) and torch.equal(net.layer4[1].conv2.weight, eighteen.layer4[1].conv2.weight)
+    assert ("conv1.weight" in receipt.taken) == fits and torch.equal(
+        net.conv1.weight, eighteen.conv1.weight if fits else own
+    )
+    assert torch.equal(net.bn1.weight, eighteen.bn1.weight) and torch.equal(
+        net.layer4[1].conv2.weight, eighteen.layer4[1].conv2.weight
+    )
 
 
 def test_torchvisions_own_networks_take_part(eighteen):
-    theirs = torchvision.models.resnet18(); load_pretrained(theirs, eighteen.state_dict(), head=True)
+    theirs = torchvision.models.resnet18()
+    load_pretrained(theirs, eighteen.state_dict(), head=True)
     assert same(theirs.state_dict(), eighteen.state_dict())
 
 
 @pytest.mark.parametrize("wrong, right", [("resnet34", "resnet18"), ("resnet18", "resnet34")])
 def test_neighbours_are_told_apart(wrong, right):
-    with torch.device("meta"): state = resnet(right).state_dict()
+    with torch.device("meta"):
+        state = resnet(right).state_dict()
     state = {k: torch.zeros(t.shape, dtype=t.dtype) for k, t in state.items()}
-    with pytest.raises(PretrainedError, match=f"They look like those of a {right}"): load_pretrained(resnet(wrong), state)
+    with pytest.raises(PretrainedError, match=f"They look like those of a {right}"):
+        load_pretrained(resnet(wrong), state)
 
 
 def test_a_whole_stage_too_much_is_another_architecture(eighteen):
     "ResNet-18's first three stages fit a CIFAR ResNet-14 of width 64 exactly"
-    with pytest.raises(PretrainedError, match=r"layer4\.0\.conv1\.weight: not in the network"): load_pretrained(resnet("cifar_resnet14", width=64), eighteen.state_dict())
+    with pytest.raises(PretrainedError, match=r"layer4\.0\.conv1\.weight: not in the network"):
+        load_pretrained(resnet("cifar_resnet14", width=64), eighteen.state_dict())
 
 
 def test_prunings_of_torch_in_every_wrapper(tmp_path):
-    net = resnet("cifar_resnet8", width=4); w = net.layer1[0].conv1.weight.detach(); mask = (torch.arange(w.numel()).reshape(w.shape) % 2).float()
-    state = {k: t for k, t in net.state_dict().items() if k != "layer1.0.conv1.weight"} | {"layer1.0.conv1.weight_orig": w, "layer1.0.conv1.weight_mask": mask}
+    net = resnet("cifar_resnet8", width=4)
+    w = net.layer1[0].conv1.weight.detach()
+    mask = (torch.arange(w.numel()).reshape(w.shape) % 2).float()
+    state = {k: t for k, t in net.state_dict().items() if k != "layer1.0.conv1.weight"} | {
+        "layer1.0.conv1.weight_orig": w,
+        "layer1.0.conv1.weight_mask": mask,
+    }
     for prefix in ("", "module.", "encoder_q.", "module.encoder_q."):
         torch.save({"state_dict": {prefix + k: t for k, t in state.items()}}, tmp_path / "x.pth")
-        fresh = resnet("cifar_resnet8", width=4, seed=5); load_pretrained(fresh, tmp_path / "x.pth", head=True)
+        fresh = resnet("cifar_resnet8", width=4, seed=5)
+        load_pretrained(fresh, tmp_path / "x.pth", head=True)
         assert torch.equal(fresh.layer1[0].conv1.weight, w * mask)
 
 
 def test_no_other_error_escapes(tmp_path):
     "Bytes of any kind are refused with the one error"
     g = torch.Generator().manual_seed(0)
-    for start in (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95", b"\x08\0\0\0\0\0\0\0{", b"\x05\0\0\0\0\0\0\0{}   "):
+    for start in (
+        b"",
+        b"PK\x03\x04",
+        b"\x80\x02",
+        b"\x80\x04\x95",
+        b"\x08\0\0\0\0\0\0\0{",
+        b"\x05\0\0\0\0\0\0\0{}   ",
+    ):
         for n in (0, 1, 10, 1000):
             for suffix in (".pth", ".safetensors"):
-                path = tmp_path / f"x{suffix}"; path.write_bytes(start + bytes(torch.randint(0, 256, (n,), generator=g).tolist()))
-                with pytest.raises(PretrainedError): read_weights(path)
+                path = tmp_path / f"x{suffix}"
+                path.write_bytes(start + bytes(torch.randint(0, 256, (n,), generator=g).tolist()))
+                with pytest.raises(PretrainedError):
+                    read_weights(path)
 
 
 def test_safetensors_of_another_program(tmp_path):
-    net = resnet("cifar_resnet8", width=4, seed=1); save_file(net.state_dict(), tmp_path / "x.safetensors", {"format": "pt"})
-    fresh = resnet("cifar_resnet8", width=4); load_pretrained(fresh, str(tmp_path / "x.safetensors"), head=True)
+    net = resnet("cifar_resnet8", width=4, seed=1)
+    save_file(net.state_dict(), tmp_path / "x.safetensors", {"format": "pt"})
+    fresh = resnet("cifar_resnet8", width=4)
+    load_pretrained(fresh, str(tmp_path / "x.safetensors"), head=True)
     assert same(fresh.state_dict(), net.state_dict())

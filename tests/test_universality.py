@@ -1,4 +1,5 @@
 "Flow distances, prediction and critical densities: calibrations too slow for a notebook"
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,21 +9,43 @@ from rg_tickets.prediction import fit, held_out_auc, mantel, pairs, random_dista
 from rg_tickets.universality import distances, noise, null_distances, same_flow
 
 
-def one_flow(i, systems=3, seeds=3, uneven=(.03, .01, .01, .005)):
+def one_flow(i, systems=3, seeds=3, uneven=(0.03, 0.01, 0.01, 0.005)):
     "Systems that are one flow; seeds share part of their noise"
     rng = np.random.default_rng(i)
-    x = .05 * rng.normal(size=(seeds, 4)) + rng.normal(size=(systems, seeds, 4)) * uneven
-    return pd.DataFrame(x.reshape(-1, 4), pd.MultiIndex.from_product([list("ABCDEF")[:systems], range(seeds)], names=["system", "seed"]))
+    x = 0.05 * rng.normal(size=(seeds, 4)) + rng.normal(size=(systems, seeds, 4)) * uneven
+    return pd.DataFrame(
+        x.reshape(-1, 4),
+        pd.MultiIndex.from_product(
+            [list("ABCDEF")[:systems], range(seeds)], names=["system", "seed"]
+        ),
+    )
 
 
 def planted(seed, strength, tasks=5):
-    rng = np.random.default_rng(seed); names = [f"t{i}" for i in range(tasks)]; x = rng.normal(size=(tasks, 2)); hard = rng.normal(size=tasks)
+    rng = np.random.default_rng(seed)
+    names = [f"t{i}" for i in range(tasks)]
+    x = rng.normal(size=(tasks, 2))
+    hard = rng.normal(size=tasks)
     d = pd.DataFrame(np.linalg.norm(x[:, None] - x[None], axis=-1), names, names)
-    g = pd.DataFrame([dict(source=a, target=b, gap=strength * d.loc[a, b] + .5 * hard[j] + .2 * rng.normal()) for a in names for j, b in enumerate(names) if a != b])
-    return pairs(g.assign(transferable=g.gap <= g.gap.groupby(g.target).transform("median")), flow=d, random=random_distance(names, seed))
+    g = pd.DataFrame(
+        [
+            dict(
+                source=a, target=b, gap=strength * d.loc[a, b] + 0.5 * hard[j] + 0.2 * rng.normal()
+            )
+            for a in names
+            for j, b in enumerate(names)
+            if a != b
+        ]
+    )
+    return pairs(
+        g.assign(transferable=g.gap <= g.gap.groupby(g.target).transform("median")),
+        flow=d,
+        random=random_distance(names, seed),
+    )
 
 
-def at_most(ps, u): assert (np.asarray(ps) <= u).mean() <= u + 3 * np.sqrt(u * (1 - u) / len(ps))
+def at_most(ps, u):
+    assert (np.asarray(ps) <= u).mean() <= u + 3 * np.sqrt(u * (1 - u) / len(ps))
 
 
 @pytest.mark.slow
@@ -30,56 +53,95 @@ def at_most(ps, u): assert (np.asarray(ps) <= u).mean() <= u + 3 * np.sqrt(u * (
 def test_distances_of_one_flow_are_not_called_different(systems, seeds):
     ps = []
     for i in range(200):
-        v = one_flow(i, systems, seeds); z = squareform(distances(v).values, checks=False); null = null_distances(noise(v), 300)
+        v = one_flow(i, systems, seeds)
+        z = squareform(distances(v).values, checks=False)
+        null = null_distances(noise(v), 300)
         ps.append(((null[:, 0] >= z[0]).mean(), (null.max(1) >= z.max()).mean()))
-    for u in (.05, .25): at_most(np.array(ps)[:, 0], u); at_most(np.array(ps)[:, 1], u)
+    for u in (0.05, 0.25):
+        at_most(np.array(ps)[:, 0], u)
+        at_most(np.array(ps)[:, 1], u)
 
 
 def test_permutation_without_shared_seeds():
     ps = []
     for i in range(150):
-        v = one_flow(i).drop(index=("A", 0)); assert not noise(v).paired
+        v = one_flow(i).drop(index=("A", 0))
+        assert not noise(v).paired
         ps.append(same_flow(v, 100))
-    for u in (.05, .25): at_most(ps, u)
+    for u in (0.05, 0.25):
+        at_most(ps, u)
 
 
 def test_distances_do_not_know_the_order():
-    v = one_flow(0); w = v.loc[["C", "A", "B"]]
+    v = one_flow(0)
+    w = v.loc[["C", "A", "B"]]
     assert np.allclose(distances(v).loc[["C", "A", "B"], ["C", "A", "B"]], distances(w))
-    assert np.allclose(distances(v), distances(v[v.columns[::-1]]))  # parts in another order: another basis of the same plane
+    assert np.allclose(
+        distances(v), distances(v[v.columns[::-1]])
+    )  # parts in another order: another basis of the same plane
     assert np.allclose(distances(v), distances(7 * v)) and same_flow(v) == same_flow(7 * v)
 
 
 @pytest.mark.slow
 def test_no_answer_is_found_where_there_is_none():
-    tables = [planted(i, 0.) for i in range(200)]
+    tables = [planted(i, 0.0) for i in range(200)]
     for within in (False, True):
         ps = np.array([mantel(o, "flow", within)[1] for o in tables])
-        for u in (.05, .25, .5): assert abs((ps <= u).mean() - u) <= 3 * np.sqrt(u * (1 - u) / 200)
+        for u in (0.05, 0.25, 0.5):
+            assert abs((ps <= u).mean() - u) <= 3 * np.sqrt(u * (1 - u) / 200)
     aucs = np.array([held_out_auc(o, draws=10)["auc"] for o in tables])
-    assert abs(np.nanmean(aucs) - .5) < 3 * np.nanstd(aucs) / 200**.5
+    assert abs(np.nanmean(aucs) - 0.5) < 3 * np.nanstd(aucs) / 200**0.5
 
 
 def test_a_planted_answer_is_found():
-    results = [trial(planted(i, 2.), draws=200) for i in range(5)]
-    assert np.mean([o.auc["flow"] for o in results]) > .8 > np.mean([o.auc["random"] for o in results])
-    assert np.median([o.p["flow"] for o in results]) < .05
+    results = [trial(planted(i, 2.0), draws=200) for i in range(5)]
+    assert (
+        np.mean([o.auc["flow"] for o in results])
+        > 0.8
+        > np.mean([o.auc["random"] for o in results])
+    )
+    assert np.median([o.p["flow"] for o in results]) < 0.05
     assert all(o.low["flow"] <= o.auc["flow"] <= o.high["flow"] for o in results)
 
 
 def test_probabilities_are_calibrated():
-    rng = np.random.default_rng(0); d = rng.exponential(size=4000)
+    rng = np.random.default_rng(0)
+    d = rng.exponential(size=4000)
     table = pd.DataFrame(dict(flow=d, transferable=rng.random(4000) < 1 / (1 + np.exp(2 * d - 1))))
     p = fit(table).probability(table)
-    for low in (.1, .3, .5):
-        m = (low <= p) & (p < low + .1)
-        assert abs(table.transferable[m].mean() - p[m].mean()) < .06
+    for low in (0.1, 0.3, 0.5):
+        m = (low <= p) & (p < low + 0.1)
+        assert abs(table.transferable[m].mean() - p[m].mean()) < 0.06
 
 
 @pytest.mark.slow
 def test_collapse_finds_the_exponent():
     found = []
     for i in range(20):
-        rng = np.random.default_rng(i); t = .25 * np.arange(16)
-        found.append(collapse(pd.concat([pd.DataFrame(dict(size=w, t=t, y=-.5 / (1 + np.exp(-(t - 1 - .4 * np.log(w / 4)) / .4)) + .02 * rng.normal(size=16), dy=.02)) for w in (4, 8, 16)]), span=(-1, 2), steps=31, draws=16))
-    assert abs(np.mean([o.a for o in found]) - .4) < .04 and np.mean([o.low <= .4 <= o.high for o in found]) >= .7
+        rng = np.random.default_rng(i)
+        t = 0.25 * np.arange(16)
+        found.append(
+            collapse(
+                pd.concat(
+                    [
+                        pd.DataFrame(
+                            dict(
+                                size=w,
+                                t=t,
+                                y=-0.5 / (1 + np.exp(-(t - 1 - 0.4 * np.log(w / 4)) / 0.4))
+                                + 0.02 * rng.normal(size=16),
+                                dy=0.02,
+                            )
+                        )
+                        for w in (4, 8, 16)
+                    ]
+                ),
+                span=(-1, 2),
+                steps=31,
+                draws=16,
+            )
+        )
+    assert (
+        abs(np.mean([o.a for o in found]) - 0.4) < 0.04
+        and np.mean([o.low <= 0.4 <= o.high for o in found]) >= 0.7
+    )

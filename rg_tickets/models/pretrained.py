@@ -20,61 +20,106 @@ from .resnets import MODELS, resnet
 class PretrainedError(ValueError):
     "Weights that cannot be read, or were made for another network"
 
+
 def _refused(path, what):
     "Say why a file that is more than data stays closed"
-    return PretrainedError(f"{path} is more than data: {what}. Opening it could run any code, so it stays closed. "
-                           "Where it was made, and is trusted, write the weights alone: torch.save(model.state_dict(), 'weights.pth')")
+    return PretrainedError(
+        f"{path} is more than data: {what}. Opening it could run any code, so it stays closed. "
+        "Where it was made, and is trusted, write the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+    )
+
 
 def _damaged(path, what):
     "Say that a file is no file of weights, or no longer"
-    return PretrainedError(f"{path} cannot be read ({what}): it was cut short, damaged, or is another kind of file. Copy or download it again")
+    return PretrainedError(
+        f"{path} cannot be read ({what}): it was cut short, damaged, or is another kind of file. Copy or download it again"
+    )
 
 # %% ../../nbs/12a_pretrained.ipynb #48dcb792
 def _torch_file(path):
     "What `torch.save` wrote, if it is plain data"
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as z: bad = z.testzip()  # torch does not look at the checksums itself
-            if bad: raise _damaged(path, f"the checksum of {bad} does not agree with its content")
+            with zipfile.ZipFile(path) as z:
+                bad = z.testzip()  # torch does not look at the checksums itself
+            if bad:
+                raise _damaged(path, f"the checksum of {bad} does not agree with its content")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of pickles that it goes on to refuse
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (PretrainedError, MemoryError, PermissionError): raise
+    except (PretrainedError, MemoryError, PermissionError):
+        raise
     except Exception as e:  # a damaged pickle can fail in any way
-        if wants := re.search(r"GLOBAL (\S+)", str(e)): raise _refused(path, f"it asks for {wants[1]} while it is loaded") from None
-        if "TorchScript" in str(e): raise _refused(path, "it is a TorchScript archive, a program with weights") from None
-        raise _damaged(path, f"torch gives up on it with {type(e).__name__}") from None  # its message would advise to run the code
+        if wants := re.search(r"GLOBAL (\S+)", str(e)):
+            raise _refused(path, f"it asks for {wants[1]} while it is loaded") from None
+        if "TorchScript" in str(e):
+            raise _refused(path, "it is a TorchScript archive, a program with weights") from None
+        raise _damaged(
+            path, f"torch gives up on it with {type(e).__name__}"
+        ) from None  # its message would advise to run the code
+
 
 def _safetensors_file(path):
     "Every tensor of a safetensors file"
     try:
-        with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
-    except (MemoryError, PermissionError): raise
-    except Exception as e: raise _damaged(path, e) from None
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as e:
+        raise _damaged(path, e) from None
 
 # %% ../../nbs/12a_pretrained.ipynb #9ff91e97
 _INSIDE = "state_dict", "model_state_dict", "model"  # where training scripts keep the weights
 
+
 def _tensors(data, where):
     "The named tensors in what a file held"
-    inner = next((data[k] for k in _INSIDE if isinstance(data.get(k), Mapping)), data) if isinstance(data, Mapping) else {}
+    inner = (
+        next((data[k] for k in _INSIDE if isinstance(data.get(k), Mapping)), data)
+        if isinstance(data, Mapping)
+        else {}
+    )
     found = {k: t for k, t in inner.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}
-    if found: return found
-    held = f"a dictionary with {', '.join(map(repr, list(data)[:5])) or 'nothing in it'}" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
-    raise PretrainedError(f"{where} holds no tensors with names: it is {held}. Expected is a state_dict, or a dictionary with one under {' or '.join(map(repr, _INSIDE))}")
+    if found:
+        return found
+    held = (
+        f"a dictionary with {', '.join(map(repr, list(data)[:5])) or 'nothing in it'}"
+        if isinstance(data, Mapping)
+        else f"of type {type(data).__name__}"
+    )
+    raise PretrainedError(
+        f"{where} holds no tensors with names: it is {held}. Expected is a state_dict, or a dictionary with one under {' or '.join(map(repr, _INSIDE))}"
+    )
+
 
 def read_weights(
     path,  # a .pth/.pt/.tar file written by torch.save, a .safetensors file, or the folder of a run of ours
 ) -> dict[str, torch.Tensor]:  # name -> CPU tensor, names as they are in the file
     "The tensors of a file; no code in it is ever run, and one that asks for code, is damaged or holds no tensors is a PretrainedError"
     path = Path(path).expanduser()
-    if path.is_dir(): path = path / "ticket.safetensors"
-    if not path.is_file(): raise FileNotFoundError(errno.ENOENT, "no file of weights here; give a .pth or .safetensors file, the folder of a run, or 'torchvision:IMAGENET1K_V1'", str(path))
-    with path.open("rb") as f: start = f.read(9)
-    return _tensors((_safetensors_file if start[8:] == b"{" or path.suffix == ".safetensors" else _torch_file)(path), path)
+    if path.is_dir():
+        path = path / "ticket.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "no file of weights here; give a .pth or .safetensors file, the folder of a run, or 'torchvision:IMAGENET1K_V1'",
+            str(path),
+        )
+    with path.open("rb") as f:
+        start = f.read(9)
+    return _tensors(
+        (_safetensors_file if start[8:] == b"{" or path.suffix == ".safetensors" else _torch_file)(
+            path
+        ),
+        path,
+    )
 
 # %% ../../nbs/12a_pretrained.ipynb #afaa9907
-WRAPPERS = {"module.": "parallel training", "_orig_mod.": "torch.compile"}  # on every name of the file
+WRAPPERS = {
+    "module.": "parallel training",
+    "_orig_mod.": "torch.compile",
+}  # on every name of the file
 
 INNER = {  # on the names of the network only: what the file is
     "encoder_q.": "MoCo: its query encoder",
@@ -94,12 +139,22 @@ BESIDE = {  # regular expression -> what a tensor is that no backbone has
 def _strip(tensors, own):
     "The tensors without wrappers, what was found, and the names that are beside the network"
     found, beside, mine = [], {}, lambda prefix: any(k.startswith(prefix) for k in own)
-    while prefix := next((p for p in WRAPPERS if tensors and all(k.startswith(p) for k in tensors) and not mine(p)), None):
-        tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}; found.append(WRAPPERS[prefix])
-    if prefix := next((p for p in INNER if any(k.startswith(p) for k in tensors) and not mine(p)), None):
-        beside = {k: _beside(k) or "beside the network" for k in tensors if not k.startswith(prefix)}
-        tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}; found.append(INNER[prefix])
+    while prefix := next(
+        (p for p in WRAPPERS if tensors and all(k.startswith(p) for k in tensors) and not mine(p)),
+        None,
+    ):
+        tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}
+        found.append(WRAPPERS[prefix])
+    if prefix := next(
+        (p for p in INNER if any(k.startswith(p) for k in tensors) and not mine(p)), None
+    ):
+        beside = {
+            k: _beside(k) or "beside the network" for k in tensors if not k.startswith(prefix)
+        }
+        tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        found.append(INNER[prefix])
     return tensors, found, beside
+
 
 def _beside(name):
     "What a tensor that no backbone has is, or None"
@@ -108,61 +163,120 @@ def _beside(name):
 # %% ../../nbs/12a_pretrained.ipynb #f4d3e482
 def _multiply(tensors, where):
     "`X_orig` times `X_mask` as `X`, and whether there was any"
-    pairs = {k.removesuffix("_orig"): (t, tensors.get(k.removesuffix("_orig") + "_mask")) for k, t in tensors.items() if k.endswith("_orig")}
+    pairs = {
+        k.removesuffix("_orig"): (t, tensors.get(k.removesuffix("_orig") + "_mask"))
+        for k, t in tensors.items()
+        if k.endswith("_orig")
+    }
     for k, (t, m) in pairs.items():
-        if m is None or m.shape != t.shape or not ((m == 0) | (m == 1)).all(): raise PretrainedError(f"{where} is pruned, but {k}_mask is no mask of zeros and ones for {k}_orig: the file is not whole, take another")
-    if all(k.endswith("_mask") for k in tensors): raise PretrainedError(f"{where} holds {len(tensors)} masks and no weights: give the file with the weights")
-    rest = {k: t for k, t in tensors.items() if k.removesuffix("_orig") not in pairs and k.removesuffix("_mask") not in pairs}
+        if m is None or m.shape != t.shape or not ((m == 0) | (m == 1)).all():
+            raise PretrainedError(
+                f"{where} is pruned, but {k}_mask is no mask of zeros and ones for {k}_orig: the file is not whole, take another"
+            )
+    if all(k.endswith("_mask") for k in tensors):
+        raise PretrainedError(
+            f"{where} holds {len(tensors)} masks and no weights: give the file with the weights"
+        )
+    rest = {
+        k: t
+        for k, t in tensors.items()
+        if k.removesuffix("_orig") not in pairs and k.removesuffix("_mask") not in pairs
+    }
     return rest | {k: t * m.to(t.dtype) for k, (t, m) in pairs.items()}, bool(pairs)
 
 # %% ../../nbs/12a_pretrained.ipynb #188fbdce
 def _kind(t):
     "Shape, and the kind of number where it matters, in words"
-    return f"{tuple(t.shape)}" + ("" if t.is_floating_point() else f" {str(t.dtype).removeprefix('torch.')}")
+    return f"{tuple(t.shape)}" + (
+        "" if t.is_floating_point() else f" {str(t.dtype).removeprefix('torch.')}"
+    )
+
 
 def _clash(mine, theirs):
     "Why a tensor cannot take the place of another, or None"
-    if theirs.is_meta or theirs.layout != torch.strided or theirs.is_quantized: return "it is no ordinary tensor in the file"
-    if mine.shape != theirs.shape or mine.is_floating_point() != theirs.is_floating_point(): return f"{_kind(theirs)} in the file, {_kind(mine)} in the network"
-    return None if theirs.isfinite().all() else "not all numbers in the file are finite; its training diverged"
+    if theirs.is_meta or theirs.layout != torch.strided or theirs.is_quantized:
+        return "it is no ordinary tensor in the file"
+    if mine.shape != theirs.shape or mine.is_floating_point() != theirs.is_floating_point():
+        return f"{_kind(theirs)} in the file, {_kind(mine)} in the network"
+    return (
+        None
+        if theirs.isfinite().all()
+        else "not all numbers in the file are finite; its training diverged"
+    )
 
 # %% ../../nbs/12a_pretrained.ipynb #c515c214
 def _sort(network, tensors, head, leave):
     "Names to take; file name -> why it is left; network name -> why it keeps its own; name -> what is wrong"
     own, role, take, left, wrong = network.state_dict(), roles(network), [], {}, {}
     for k, t in tensors.items():
-        if _under(k, leave): left[k] = "asked to leave"
-        elif not head and (role.get(k) == "head" or _under(k, heads(network))): left[k] = "head"
-        elif k not in own: (left if _beside(k) else wrong)[k] = _beside(k) or "not in the network"
-        elif k == "conv1.weight" and own[k].dim() == t.dim() and own[k].shape != t.shape: left[k] = f"another stem: {_clash(own[k], t)}"
-        elif clash := _clash(own[k], t): wrong[k] = clash
-        else: take.append(k)
+        if _under(k, leave):
+            left[k] = "asked to leave"
+        elif not head and (role.get(k) == "head" or _under(k, heads(network))):
+            left[k] = "head"
+        elif k not in own:
+            (left if _beside(k) else wrong)[k] = _beside(k) or "not in the network"
+        elif k == "conv1.weight" and own[k].dim() == t.dim() and own[k].shape != t.shape:
+            left[k] = f"another stem: {_clash(own[k], t)}"
+        elif clash := _clash(own[k], t):
+            wrong[k] = clash
+        else:
+            take.append(k)
     kept = {k: left.get(k, "") for k in own if k not in take and k not in wrong}
     for k in kept:
-        if k in left: continue
-        if _under(k, leave): kept[k] = "asked to leave"
-        elif role[k] == "head" and not head: kept[k] = "head"
-        elif k.endswith("num_batches_tracked"): kept[k] = "not in the file"
-        else: wrong[k] = "not in the file"
+        if k in left:
+            continue
+        if _under(k, leave):
+            kept[k] = "asked to leave"
+        elif role[k] == "head" and not head:
+            kept[k] = "head"
+        elif k.endswith("num_batches_tracked"):
+            kept[k] = "not in the file"
+        else:
+            wrong[k] = "not in the file"
     return take, left, kept, {k: wrong[k] for k in sorted(wrong, key=list(own | wrong).index)}
 
 # %% ../../nbs/12a_pretrained.ipynb #242a70fe
 def _looks_like(tensors):
     "The name in `MODELS` of the network with these names and shapes, stem and head aside, or None"
-    body = lambda ts: {k: tuple(t.shape) for k, t in ts.items() if k.startswith("layer") and not k.endswith("num_batches_tracked")}
-    want, width = body(tensors), next((len(t) for k, t in tensors.items() if k == "conv1.weight" and t.dim()), 0)
+    body = lambda ts: {
+        k: tuple(t.shape)
+        for k, t in ts.items()
+        if k.startswith("layer") and not k.endswith("num_batches_tracked")
+    }
+    want, width = (
+        body(tensors),
+        next((len(t) for k, t in tensors.items() if k == "conv1.weight" and t.dim()), 0),
+    )
     for name in MODELS if want and width else ():
-        if not name.startswith("cifar") and width != 64: continue
-        with torch.device("meta"): net = resnet(name, **(dict(width=width) if name.startswith("cifar") else {}))
-        if body(net.state_dict()) == want: return name
+        if not name.startswith("cifar") and width != 64:
+            continue
+        with torch.device("meta"):
+            net = resnet(name, **(dict(width=width) if name.startswith("cifar") else {}))
+        if body(net.state_dict()) == want:
+            return name
+
 
 def _misfit(where, network, tensors, wrong):
     "Say what does not fit, and what would"
-    first, more, mine = list(wrong.items())[:3], max(0, len(wrong) - 3), getattr(network, "name", type(network).__name__)
+    first, more, mine = (
+        list(wrong.items())[:3],
+        max(0, len(wrong) - 3),
+        getattr(network, "name", type(network).__name__),
+    )
     other = _looks_like(tensors)
-    hint = f"They look like those of a {other}: build that network" if other and other != mine else "Build the network that the weights were made for"
-    if not set(wrong) - {k for k, r in roles(network).items() if r == "head"}: hint = "Only the head differs: use head=False, or build the network with the file's number of classes"
-    return PretrainedError(f"the weights of {where} do not fit the network ({mine}): " + "; ".join(f"{k}: {what}" for k, what in first) + (f"; and {more} more" if more else "") + f". {hint}")
+    hint = (
+        f"They look like those of a {other}: build that network"
+        if other and other != mine
+        else "Build the network that the weights were made for"
+    )
+    if not set(wrong) - {k for k, r in roles(network).items() if r == "head"}:
+        hint = "Only the head differs: use head=False, or build the network with the file's number of classes"
+    return PretrainedError(
+        f"the weights of {where} do not fit the network ({mine}): "
+        + "; ".join(f"{k}: {what}" for k, what in first)
+        + (f"; and {more} more" if more else "")
+        + f". {hint}"
+    )
 
 # %% ../../nbs/12a_pretrained.ipynb #bc8db86f
 def _cached(url, download, size=""):
@@ -170,31 +284,70 @@ def _cached(url, download, size=""):
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if not path.is_file():
-        if not download: raise FileNotFoundError(errno.ENOENT, f"torchvision's weights are not on this machine. Get {url}{size} and put it where this message ends, or say download=True (TORCH_HOME moves the folder)", str(path))
+        if not download:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"torchvision's weights are not on this machine. Get {url}{size} and put it where this message ends, or say download=True (TORCH_HOME moves the folder)",
+                str(path),
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        try: torch.hub.download_url_to_file(url, str(path), digest and digest[1])
-        except (OSError, RuntimeError, ValueError) as e: raise OSError(errno.EIO, f"{url} could not be downloaded ({e}). Get it elsewhere and put it there", str(path)) from e
+        try:
+            torch.hub.download_url_to_file(url, str(path), digest and digest[1])
+        except (OSError, RuntimeError, ValueError) as e:
+            raise OSError(
+                errno.EIO,
+                f"{url} could not be downloaded ({e}). Get it elsewhere and put it there",
+                str(path),
+            ) from e
     if digest:
-        with path.open("rb") as f: found = hashlib.file_digest(f, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read())
-        if not found.hexdigest().startswith(digest[1]): raise _damaged(path, f"its SHA-256 begins with {found.hexdigest()[:8]}, not {digest[1]}")
+        with path.open("rb") as f:
+            found = (
+                hashlib.file_digest(f, "sha256")
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(f.read())
+            )
+        if not found.hexdigest().startswith(digest[1]):
+            raise _damaged(
+                path, f"its SHA-256 begins with {found.hexdigest()[:8]}, not {digest[1]}"
+            )
     return path
+
 
 def _torchvision(network, weights, download):
     "The file of torchvision's weights called so for a network like this one"
-    name = getattr(network, "name", None) or _looks_like(network.state_dict()) or type(network).__name__
-    table = {n: torchvision.models.get_model_weights(n).__members__ for n in MODELS if hasattr(torchvision.models, n)}
-    if name not in table: raise PretrainedError(f"torchvision has no weights for {name}: it has them for {', '.join(table)}")
+    name = (
+        getattr(network, "name", None)
+        or _looks_like(network.state_dict())
+        or type(network).__name__
+    )
+    table = {
+        n: torchvision.models.get_model_weights(n).__members__
+        for n in MODELS
+        if hasattr(torchvision.models, n)
+    }
+    if name not in table:
+        raise PretrainedError(
+            f"torchvision has no weights for {name}: it has them for {', '.join(table)}"
+        )
     entry = lookup(weights, table[name], f"weights of {name} in torchvision")
-    return _cached(entry.url, download, f" ({entry.meta['_file_size']:.0f} MB)" if "_file_size" in entry.meta else "")
+    return _cached(
+        entry.url,
+        download,
+        f" ({entry.meta['_file_size']:.0f} MB)" if "_file_size" in entry.meta else "",
+    )
 
 # %% ../../nbs/12a_pretrained.ipynb #8091f8e6
 def _list(names, limit=2):
     "The first few of `names`, and how many more"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
+
 
 @dataclass(frozen=True)
 class Receipt:
     "What came into a network from elsewhere, and what did not"
+
     source: str  # file, or what was named
     kind: str  # what the file turned out to be
     taken: tuple  # names of the network's tensors that now hold the file's values
@@ -203,22 +356,30 @@ class Receipt:
 
     def __str__(self):
         lines = [f"{self.source} ({self.kind}): {len(self.taken)} tensors taken"]
-        lines += [f"  left there, {why}: {_list([k for k in self.left if self.left[k] == why])}" for why in dict.fromkeys(self.left.values())]
-        return "\n".join(lines + [f"  the network kept its own: {_list(list(self.kept), 3)}"] * bool(self.kept))
+        lines += [
+            f"  left there, {why}: {_list([k for k in self.left if self.left[k] == why])}"
+            for why in dict.fromkeys(self.left.values())
+        ]
+        return "\n".join(
+            lines + [f"  the network kept its own: {_list(list(self.kept), 3)}"] * bool(self.kept)
+        )
 
 # %% ../../nbs/12a_pretrained.ipynb #1a55304c
 def _source(network, source, download):
     "Tensors and name of a source"
-    if isinstance(source, Mapping): return _tensors(source, "the given dictionary"), "a state_dict"
+    if isinstance(source, Mapping):
+        return _tensors(source, "the given dictionary"), "a state_dict"
     prefix, _, weights = str(source).partition(":")
     path = _torchvision(network, weights, download) if prefix == "torchvision" else source
     return read_weights(path), str(source)
+
 
 def _leave(leave, names):
     "What to leave, as a tuple; a part that neither side has is refused"
     leave = (leave,) if isinstance(leave, str) else tuple(leave)
     parts = {".".join(k.split(".")[:i]) for k in names for i in range(1, k.count(".") + 2)}
-    for o in leave: lookup(o, dict.fromkeys(parts), "part to leave")
+    for o in leave:
+        lookup(o, dict.fromkeys(parts), "part to leave")
     return leave
 
 # %% ../../nbs/12a_pretrained.ipynb #77b8b25f
@@ -232,11 +393,25 @@ def load_pretrained(
 ) -> Receipt:  # what was taken, left and kept
     "Put weights from elsewhere into `network`; other architectures, damaged files and files that ask for code are a PretrainedError, missing files a FileNotFoundError"
     own = network.state_dict()
-    if any(t.is_meta for t in own.values()): raise PretrainedError("the network is on the meta device and has no place for weights: build it on the CPU or a GPU")
+    if any(t.is_meta for t in own.values()):
+        raise PretrainedError(
+            "the network is on the meta device and has no place for weights: build it on the CPU or a GPU"
+        )
     tensors, where = _source(network, source, download)
-    named, found, beside = _strip(tensors, own); named, pruned = _multiply(named, where)
+    named, found, beside = _strip(tensors, own)
+    named, pruned = _multiply(named, where)
     take, left, kept, wrong = _sort(network, named, head, _leave(leave, [*named, *own]))
-    if wrong: raise _misfit(where, network, named, wrong)
-    ready = {k: torch.empty_like(own[k]).copy_(named[k]) for k in take}  # all that can fail has happened
-    for k, t in ready.items(): own[k].copy_(t)
-    return Receipt(where, ", ".join(found + ["pruned: weight times mask"] * pruned) or "plain weights", tuple(take), beside | left, kept)
+    if wrong:
+        raise _misfit(where, network, named, wrong)
+    ready = {
+        k: torch.empty_like(own[k]).copy_(named[k]) for k in take
+    }  # all that can fail has happened
+    for k, t in ready.items():
+        own[k].copy_(t)
+    return Receipt(
+        where,
+        ", ".join(found + ["pruned: weight times mask"] * pruned) or "plain weights",
+        tuple(take),
+        beside | left,
+        kept,
+    )

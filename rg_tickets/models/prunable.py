@@ -16,22 +16,32 @@ from ..basics import lookup, seeded
 # %% ../../nbs/12_prunable.ipynb #bfdcd369
 def heads(
     model: nn.Module,  # any network; an attribute `head_names`, a tuple of module names, overrides every rule
-) -> tuple[str, ...]:  # names of modules: all below them belongs to the task; () if there is no head
+) -> tuple[
+    str, ...
+]:  # names of modules: all below them belongs to the task; () if there is no head
     "The part of `model` that belongs to the task; a name in `head_names` that is no module is a ValueError"
     children, base = dict(model.named_children()), getattr(model, "base_model_prefix", None)
     if (named := getattr(model, "head_names", None)) is not None:
         named = (named,) if isinstance(named, str) else tuple(named)
-        for name in named: lookup(name, dict(model.named_modules()), "module in head_names")
+        for name in named:
+            lookup(name, dict(model.named_modules()), "module in head_names")
         return named
-    if base: return tuple(n for n, m in children.items() if n != base and any(True for _ in m.parameters())) if base in children else ()
+    if base:
+        return (
+            tuple(n for n, m in children.items() if n != base and any(True for _ in m.parameters()))
+            if base in children
+            else ()
+        )
     for name in ("fc", "head", "classifier"):
-        if name in children: return (name,)
+        if name in children:
+            return (name,)
     return tuple([n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:])
 
 # %% ../../nbs/12_prunable.ipynb #bc92805f
 @dataclass(frozen=True)
 class Preset:
     "A convention for which tensors are pruned"
+
     types: tuple  # layer classes whose `weight` takes part
     source: str  # where it comes from, in words
     head: bool = False  # whether the head takes part
@@ -41,7 +51,13 @@ class Preset:
     def __call__(self, name: str, layer: nn.Module, head: tuple) -> bool:
         "Whether tensor `name`, the weight of `layer`, takes part in a model whose head is `head`"
         found = lambda patterns: any(re.search(p, name) for p in patterns)
-        return isinstance(layer, self.types) and (self.head or not _under(name, head)) and (not self.only or found(self.only)) and not found(self.exclude)
+        return (
+            isinstance(layer, self.types)
+            and (self.head or not _under(name, head))
+            and (not self.only or found(self.only))
+            and not found(self.exclude)
+        )
+
 
 def _under(name, prefixes):
     "Whether `name` is one of `prefixes` or below one; the prefix '' is the whole model"
@@ -49,99 +65,183 @@ def _under(name, prefixes):
 
 # %% ../../nbs/12_prunable.ipynb #be6fda0c
 _CONV = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-_BERT = r"\blayer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)\.weight$", r"\bpooler\.dense\.weight$"
+_BERT = (
+    r"\blayer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)\.weight$",
+    r"\bpooler\.dense\.weight$",
+)
 
 PRESETS = {  # name -> Preset
-    "backbone": Preset((*_CONV, nn.Linear), "ours: every convolution and linear layer outside the head"),
-    "open_lth": Preset((nn.Conv2d, nn.Linear), "open_lth, ElasticLTH: every Conv2d and Linear, classifier included", head=True),
-    "cv_lth": Preset((nn.Conv2d,), "CV_LTH_Pre-training: every Conv2d but the first, no classifier", exclude=(r"^conv1\.weight$",)),
-    "bert_tickets": Preset((nn.Linear,), "BERT-Tickets: the six matrices of each layer, and the pooler", only=_BERT),
-    "encoder": Preset((nn.Linear,), "ours: the six matrices of each layer of a BERT, without the pooler", only=_BERT[:1]),
-    "all": Preset((*_CONV, nn.Linear, nn.Embedding), "every convolution, linear layer and embedding", head=True)}
+    "backbone": Preset(
+        (*_CONV, nn.Linear), "ours: every convolution and linear layer outside the head"
+    ),
+    "open_lth": Preset(
+        (nn.Conv2d, nn.Linear),
+        "open_lth, ElasticLTH: every Conv2d and Linear, classifier included",
+        head=True,
+    ),
+    "cv_lth": Preset(
+        (nn.Conv2d,),
+        "CV_LTH_Pre-training: every Conv2d but the first, no classifier",
+        exclude=(r"^conv1\.weight$",),
+    ),
+    "bert_tickets": Preset(
+        (nn.Linear,), "BERT-Tickets: the six matrices of each layer, and the pooler", only=_BERT
+    ),
+    "encoder": Preset(
+        (nn.Linear,),
+        "ours: the six matrices of each layer of a BERT, without the pooler",
+        only=_BERT[:1],
+    ),
+    "all": Preset(
+        (*_CONV, nn.Linear, nn.Embedding),
+        "every convolution, linear layer and embedding",
+        head=True,
+    ),
+}
 
 # %% ../../nbs/12_prunable.ipynb #5faad13f
 def _nothing(model, preset):
     "The error for a model in which a preset finds nothing"
-    layers = Counter(type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+    layers = Counter(
+        type(m).__name__
+        for m in model.modules()
+        if next(m.parameters(recurse=False), None) is not None
+    )
     has = ", ".join(f"{n} {kind}" for kind, n in layers.items()) or "no parameters"
-    takes = f"the preset takes {preset.source!r}" if isinstance(preset, Preset) else "the list of names is empty"
-    return ValueError(f"nothing to prune in {type(model).__name__}: it has {has}, its head is {heads(model)}, and {takes}. "
-                      f"Choose another preset ({', '.join(PRESETS)}) or give a list of tensor names")
+    takes = (
+        f"the preset takes {preset.source!r}"
+        if isinstance(preset, Preset)
+        else "the list of names is empty"
+    )
+    return ValueError(
+        f"nothing to prune in {type(model).__name__}: it has {has}, its head is {heads(model)}, and {takes}. "
+        f"Choose another preset ({', '.join(PRESETS)}) or give a list of tensor names"
+    )
+
 
 def prunable(
     model: nn.Module,  # any network, on any device, meta included
-    preset: str | Preset | list[str] = "backbone",  # name in PRESETS, a Preset, or the tensors' own names (two dimensions or more)
+    preset: str  # name in PRESETS, a Preset, or the tensors' own names (two dimensions or more)
+    | Preset
+    | list[
+        str
+    ] = "backbone",  # name in PRESETS, a Preset, or the tensors' own names (two dimensions or more)
 ) -> dict[str, nn.Parameter]:  # name -> the model's own parameter, in module order
     "The tensors of `model` that are pruned; unknown names, and a model with nothing to prune, are ValueErrors"
-    if isinstance(preset, str): preset = lookup(preset, PRESETS, "preset")
+    if isinstance(preset, str):
+        preset = lookup(preset, PRESETS, "preset")
     if isinstance(preset, Preset):
-        head, layers = heads(model), [(n, m, getattr(m, "weight", None)) for n, m in model.named_modules()]
-        chosen = {id(w) for n, m, w in layers if isinstance(w, nn.Parameter) and preset(f"{n}.weight".lstrip("."), m, head)}
+        head, layers = (
+            heads(model),
+            [(n, m, getattr(m, "weight", None)) for n, m in model.named_modules()],
+        )
+        chosen = {
+            id(w)
+            for n, m, w in layers
+            if isinstance(w, nn.Parameter) and preset(f"{n}.weight".lstrip("."), m, head)
+        }
     else:
         known = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.dim() > 1}
         chosen = {id(lookup(n, known, "weight tensor")) for n in preset}
-    if not chosen: raise _nothing(model, preset)
+    if not chosen:
+        raise _nothing(model, preset)
     return {n: p for n, p in model.named_parameters() if id(p) in chosen}
 
 # %% ../../nbs/12_prunable.ipynb #75c49927
 _BATCHNORM = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
+
 def _role(key, head, norms):
     "The role of one entry"
     layer, _, leaf = key.rpartition(".")
-    if _under(key, head): return "head"
-    if layer in norms: return "bn_affine" if leaf in ("weight", "bias") else "bn_stats"
+    if _under(key, head):
+        return "head"
+    if layer in norms:
+        return "bn_affine" if leaf in ("weight", "bias") else "bn_stats"
     return "weights"
+
 
 def roles(
     model: nn.Module,  # any network
-) -> dict[str, str]:  # state_dict key -> "weights", "bn_affine" (scale and shift), "bn_stats" (running statistics, counter) or "head"
+) -> dict[
+    str, str
+]:  # state_dict key -> "weights", "bn_affine" (scale and shift), "bn_stats" (running statistics, counter) or "head"
     "What each entry of the state_dict is; a tensor with two names has the role of the first, LayerNorm is among the weights"
-    head, norms = heads(model), {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BATCHNORM)}
+    head, norms = (
+        heads(model),
+        {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BATCHNORM)},
+    )
     first = {id(p): n for n, p in model.named_parameters()}
     names = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
     return {key: _role(names.get(key, key), head, norms) for key in model.state_dict()}
 
 # %% ../../nbs/12_prunable.ipynb #f225c656
-_ENDS = (r"\bembeddings\.", "embeddings"), (r"\bpooler\b", "pooler"), (r"^(fc|head|classifier|cls|qa_outputs)\b", "head")
-_STEM = (r"^(conv1|bn1)\b", "stem"),
-_LAYER = (r"\blayers?\.(\d+)\.", r"layer \1"),
+_ENDS = (
+    (r"\bembeddings\.", "embeddings"),
+    (r"\bpooler\b", "pooler"),
+    (r"^(fc|head|classifier|cls|qa_outputs)\b", "head"),
+)
+_STEM = ((r"^(conv1|bn1)\b", "stem"),)
+_LAYER = ((r"\blayers?\.(\d+)\.", r"layer \1"),)
 
 GROUPINGS = {  # name -> rules (regular expression, label)
     "tensor": ((r"^.+$", r"\g<0>"),),
     "block": ((r"\b(layer\d+\.\d+)\.", r"\1"), *_LAYER, *_STEM, *_ENDS),
     "stage": ((r"\b(layer\d+)\.\d+\.", r"\1"), (r"\blayers?\.\d+\.", "encoder"), *_STEM, *_ENDS),
     "layer": (*_LAYER, *_ENDS),
-    "role": ((r"\battention\.self\.(query|key|value)\b", r"\1"), (r"\battention\.output\.dense\b", "attention out"), (r"\bintermediate\.dense\b", "up"),
-             (r"\d\.output\.dense\b", "down"), (r"\blayer\d+\.\d+\.(conv\d)\b", r"\1"), (r"\bdownsample\.0\b", "shortcut"), *_STEM, *_ENDS),
-    "part": ((r"\b(layer)\.(\d+)\.attention\.self\.(query|key|value)\b", r"\1 \2 \3"), (r"\b(layer)\.(\d+)\.attention\.output\.dense\b", r"\1 \2 attention out"),
-             (r"\b(layer)\.(\d+)\.intermediate\.dense\b", r"\1 \2 up"), (r"\b(layer)\.(\d+)\.output\.dense\b", r"\1 \2 down"),
-             (r"\b(layer\d+\.\d+)\.(conv\d)\b", r"\1 \2"), (r"\b(layer\d+\.\d+)\.downsample\.0\b", r"\1 shortcut"), *_STEM, *_ENDS)}  # block and role
+    "role": (
+        (r"\battention\.self\.(query|key|value)\b", r"\1"),
+        (r"\battention\.output\.dense\b", "attention out"),
+        (r"\bintermediate\.dense\b", "up"),
+        (r"\d\.output\.dense\b", "down"),
+        (r"\blayer\d+\.\d+\.(conv\d)\b", r"\1"),
+        (r"\bdownsample\.0\b", "shortcut"),
+        *_STEM,
+        *_ENDS,
+    ),
+    "part": (
+        (r"\b(layer)\.(\d+)\.attention\.self\.(query|key|value)\b", r"\1 \2 \3"),
+        (r"\b(layer)\.(\d+)\.attention\.output\.dense\b", r"\1 \2 attention out"),
+        (r"\b(layer)\.(\d+)\.intermediate\.dense\b", r"\1 \2 up"),
+        (r"\b(layer)\.(\d+)\.output\.dense\b", r"\1 \2 down"),
+        (r"\b(layer\d+\.\d+)\.(conv\d)\b", r"\1 \2"),
+        (r"\b(layer\d+\.\d+)\.downsample\.0\b", r"\1 shortcut"),
+        *_STEM,
+        *_ENDS,
+    ),
+}  # block and role
 
 # %% ../../nbs/12_prunable.ipynb #ecb69c4f
 def groups(
     names: list[str],  # names of tensors; a dict by name will do
-    by: str | tuple = "block",  # name in GROUPINGS, or your own rules ((regular expression, label), ...)
+    by: str  # name in GROUPINGS, or your own rules ((regular expression, label), ...)
+    | tuple = "block",  # name in GROUPINGS, or your own rules ((regular expression, label), ...)
 ) -> dict[str, str]:  # name -> group, in the order of `names`
     "The group of each tensor, from its name alone"
     rules = lookup(by, GROUPINGS, "grouping") if isinstance(by, str) else by
     return {name: _label(name, rules) for name in names}
 
+
 def _label(name, rules):
     "Label of the first rule found in `name`, else the name of its layer"
     for pattern, label in rules:
-        if m := re.search(pattern, name): return m.expand(label)
+        if m := re.search(pattern, name):
+            return m.expand(label)
     return name.rpartition(".")[0] or name
 
 # %% ../../nbs/12_prunable.ipynb #23a8b8bb
 def table(
     model: nn.Module,  # any network
     preset: str | Preset | list[str] = "backbone",  # as in `prunable`
-) -> pd.DataFrame:  # a row per parameter: name, shape, weights (how many), prunable, group (the block), role
+) -> (
+    pd.DataFrame
+):  # a row per parameter: name, shape, weights (how many), prunable, group (the block), role
     "Every parameter of `model`: is it pruned, and where does it belong"
     chosen, named, role = prunable(model, preset), dict(model.named_parameters()), roles(model)
     group = groups(named)
-    rows = [(n, tuple(p.shape), p.numel(), n in chosen, group[n], role[n]) for n, p in named.items()]
+    rows = [
+        (n, tuple(p.shape), p.numel(), n in chosen, group[n], role[n]) for n, p in named.items()
+    ]
     return pd.DataFrame(rows, columns=["name", "shape", "weights", "prunable", "group", "role"])
 
 # %% ../../nbs/12_prunable.ipynb #e63d86ad
@@ -154,9 +254,16 @@ def replace_head(
     head = heads(model)
     old = model.get_submodule(head[0]) if len(head) == 1 and head[0] else None
     if not isinstance(old, nn.Linear):
-        what = " and ".join(f"{h!r} ({type(model.get_submodule(h)).__name__})" for h in head) or "empty"
-        raise ValueError(f"the head of {type(model).__name__} is {what}, not one nn.Linear below it: put a head for {classes} classes there yourself")
-    with seeded(seed, "head"): new = nn.Linear(old.in_features, classes, bias=old.bias is not None, device="cpu")
+        what = (
+            " and ".join(f"{h!r} ({type(model.get_submodule(h)).__name__})" for h in head)
+            or "empty"
+        )
+        raise ValueError(
+            f"the head of {type(model).__name__} is {what}, not one nn.Linear below it: put a head for {classes} classes there yourself"
+        )
+    with seeded(seed, "head"):
+        new = nn.Linear(old.in_features, classes, bias=old.bias is not None, device="cpu")
     model.set_submodule(head[0], new.to(old.weight).train(old.training))
-    if hasattr(model, "num_labels"): model.num_labels = model.config.num_labels = classes  # transformers' losses ask for it
+    if hasattr(model, "num_labels"):
+        model.num_labels = model.config.num_labels = classes  # transformers' losses ask for it
     return model

@@ -19,18 +19,28 @@ def _blocks(depth):
     D, rest = divmod(depth - 2, 6)
     if D < 1 or rest:
         near = 6 * max(1, round((depth - 2) / 6)) + 2
-        raise ValueError(f"a CIFAR ResNet has depth 6D+2 (8, 14, 20, ...), not {depth}; the nearest is {near}")
+        raise ValueError(
+            f"a CIFAR ResNet has depth 6D+2 (8, 14, 20, ...), not {depth}; the nearest is {near}"
+        )
     return D
 
 # %% ../../nbs/10_resnets.ipynb #508baf6f
 def _stage(inside, outside, blocks, stride):
     "`blocks` residual blocks; the first one changes width and resolution if `stride` is 2"
-    shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)) if stride > 1 else None
-    return nn.Sequential(BasicBlock(inside, outside, stride, shortcut), *(BasicBlock(outside, outside) for _ in range(blocks - 1)))
+    shortcut = (
+        nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+        if stride > 1
+        else None
+    )
+    return nn.Sequential(
+        BasicBlock(inside, outside, stride, shortcut),
+        *(BasicBlock(outside, outside) for _ in range(blocks - 1)),
+    )
 
 # %% ../../nbs/10_resnets.ipynb #b69ded89
 class CifarResNet(nn.Module):
     "A ResNet of depth 6D+2 for small images: a 3x3 stem, three stages of D blocks, one linear head"
+
     def __init__(
         self,
         depth: int,  # 6D+2: 8, 14, 20, ...; anything else is a ValueError
@@ -40,7 +50,11 @@ class CifarResNet(nn.Module):
     ):
         super().__init__()
         D = _blocks(depth)
-        self.conv1, self.bn1, self.relu = nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.conv1, self.bn1, self.relu = (
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
         self.layer1 = _stage(width, width, D, 1)
         self.layer2 = _stage(width, 2 * width, D, 2)
         self.layer3 = _stage(2 * width, 4 * width, D, 2)
@@ -56,26 +70,38 @@ class CifarResNet(nn.Module):
 _CONV = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _NORM = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
+
 def _kaiming(layer, types):
     "Gaussian weights of variance 2/fan-in, in place, if `layer` is one of `types`"
-    if isinstance(layer, types): nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+    if isinstance(layer, types):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+
 
 def _open_lth(layer):
     "The third rule of the table, in place"
     _kaiming(layer, (*_CONV, nn.Linear))
-    if isinstance(layer, _NORM) and layer.affine: nn.init.uniform_(layer.weight)
+    if isinstance(layer, _NORM) and layer.affine:
+        nn.init.uniform_(layer.weight)
 
-INITS = {"he": partial(_kaiming, types=_CONV), "default": lambda layer: None, "open_lth": _open_lth}  # name -> rule(layer), in place
+
+INITS = {
+    "he": partial(_kaiming, types=_CONV),
+    "default": lambda layer: None,
+    "open_lth": _open_lth,
+}  # name -> rule(layer), in place
 
 # %% ../../nbs/10_resnets.ipynb #d7d74893
 def _reset(layer):
     "Give `layer` PyTorch's initial weights and BatchNorm statistics"
     reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
     held = [name for name, _ in layer.named_parameters(recurse=False)]
-    if reset: reset()
+    if reset:
+        reset()
     elif held:
-        raise ValueError(f"{type(layer).__name__} holds {', '.join(held)} and has no reset_parameters, so it would keep its old values: "
-                         "give the class one that draws them")
+        raise ValueError(
+            f"{type(layer).__name__} holds {', '.join(held)} and has no reset_parameters, so it would keep its old values: "
+            "give the class one that draws them"
+        )
 
 # %% ../../nbs/10_resnets.ipynb #d64b18a1
 def initialise(
@@ -85,8 +111,11 @@ def initialise(
 ) -> nn.Module:  # `model`
     "Draw every parameter of `model` anew, BatchNorm statistics included; drawn on the CPU in float32, so device, precision and memory format change nothing"
     rule = lookup(init, INITS, "init")
-    if any(p.is_meta for p in model.parameters()): return model
-    twin = copy.deepcopy(model).to("cpu", torch.float32, memory_format=torch.contiguous_format)  # random fills follow the memory order
+    if any(p.is_meta for p in model.parameters()):
+        return model
+    twin = copy.deepcopy(model).to(
+        "cpu", torch.float32, memory_format=torch.contiguous_format
+    )  # random fills follow the memory order
     with seeded(seed, "init"), torch.no_grad():
         twin.apply(lambda layer: (_reset(layer), rule(layer)))
     model.load_state_dict(twin.state_dict())
@@ -95,20 +124,38 @@ def initialise(
 # %% ../../nbs/10_resnets.ipynb #3e09b9f5
 def _cifar(depth, classes, in_channels, width, stem):
     "A CifarResNet, which has one stem"
-    if stem is not None: raise ValueError(f"cifar_resnet{depth} has one stem, 3x3 with stride 1: leave `stem` out (got {stem!r})")
+    if stem is not None:
+        raise ValueError(
+            f"cifar_resnet{depth} has one stem, 3x3 with stride 1: leave `stem` out (got {stem!r})"
+        )
     return CifarResNet(depth, classes, in_channels, width)
+
 
 def _imagenet(name, classes, in_channels, width, stem):
     "A torchvision ResNet with the stem asked for"
-    if width != 16: raise ValueError(f"{name} has torchvision's widths: leave `width` out (got {width}), or take a cifar_resnet")
-    kernel, stride, pool = lookup(stem or "imagenet", {"imagenet": (7, 2, True), "cifar": (3, 1, False)}, "stem")
-    model = ResNet(BasicBlock, [2, 3, 4, 3], classes) if name == "resnet26" else getattr(torchvision.models, name)(num_classes=classes)
+    if width != 16:
+        raise ValueError(
+            f"{name} has torchvision's widths: leave `width` out (got {width}), or take a cifar_resnet"
+        )
+    kernel, stride, pool = lookup(
+        stem or "imagenet", {"imagenet": (7, 2, True), "cifar": (3, 1, False)}, "stem"
+    )
+    model = (
+        ResNet(BasicBlock, [2, 3, 4, 3], classes)
+        if name == "resnet26"
+        else getattr(torchvision.models, name)(num_classes=classes)
+    )
     model.conv1 = nn.Conv2d(in_channels, 64, kernel, stride, padding=kernel // 2, bias=False)
-    if not pool: model.maxpool = nn.Identity()
+    if not pool:
+        model.maxpool = nn.Identity()
     return model
 
-MODELS = {f"cifar_resnet{depth}": partial(_cifar, depth) for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)} | {
-    f"resnet{depth}": partial(_imagenet, f"resnet{depth}") for depth in (18, 26, 34, 50, 101, 152)}  # name -> builder
+
+MODELS = {
+    f"cifar_resnet{depth}": partial(_cifar, depth) for depth in (8, 14, 20, 26, 32, 38, 44, 56, 110)
+} | {
+    f"resnet{depth}": partial(_imagenet, f"resnet{depth}") for depth in (18, 26, 34, 50, 101, 152)
+}  # name -> builder
 
 # %% ../../nbs/10_resnets.ipynb #8ccdda31
 def resnet(
@@ -116,12 +163,14 @@ def resnet(
     classes: int = 10,  # outputs of the head `fc`
     in_channels: int = 3,  # channels of the images
     width: int = 16,  # channels of the first stage, of CIFAR networks only
-    stem: str | None = None,  # of torchvision networks only: "imagenet" (7x7, stride 2, max-pooling; None means this) or "cifar" (3x3, stride 1)
+    stem: str  # of torchvision networks only: "imagenet" (7x7, stride 2, max-pooling; None means this) or "cifar" (3x3, stride 1)
+    | None = None,  # of torchvision networks only: "imagenet" (7x7, stride 2, max-pooling; None means this) or "cifar" (3x3, stride 1)
     seed: int = 0,  # the run's seed; the weights are a function of it
     init: str = "he",  # name in INITS
 ) -> nn.Module:  # in training mode, on the default device
     "A residual network with freshly drawn weights; unknown names and options a network lacks are ValueErrors"
     build = lookup(name, MODELS, "model")
-    with seeded(seed, "build"): model = build(classes=classes, in_channels=in_channels, width=width, stem=stem)
+    with seeded(seed, "build"):
+        model = build(classes=classes, in_channels=in_channels, width=width, stem=stem)
     model.name = name  # goes into tickets and tables
     return initialise(model, init, seed)

@@ -31,20 +31,29 @@ def _moved(tensor, device):
 @dataclass
 class Resident:
     "A data set held as tensors on the training device and served in batches"
+
     x: torch.Tensor  # [n, ...] training inputs
     y: torch.Tensor  # [n] training targets
     x_test: torch.Tensor  # [m, ...] test inputs
     y_test: torch.Tensor  # [m] test targets
-    augment: Callable | None = None  # (inputs, torch.Generator) -> inputs, for training batches only
+    augment: Callable | None = (
+        None  # (inputs, torch.Generator) -> inputs, for training batches only
+    )
 
     def __post_init__(self):
         for a, b, what in ((self.x, self.y, "training"), (self.x_test, self.y_test, "test")):
-            if len(a) != len(b): raise ValueError(f"{len(a)} {what} inputs but {len(b)} {what} targets: give one target for each input")
-            if not len(a): raise ValueError(f"the {what} set is empty: give at least one input")
+            if len(a) != len(b):
+                raise ValueError(
+                    f"{len(a)} {what} inputs but {len(b)} {what} targets: give one target for each input"
+                )
+            if not len(a):
+                raise ValueError(f"the {what} set is empty: give at least one input")
 
     def to(self, device):
         "Move all four tensors, once"
-        self.x, self.y, self.x_test, self.y_test = (_moved(o, device) for o in (self.x, self.y, self.x_test, self.y_test))
+        self.x, self.y, self.x_test, self.y_test = (
+            _moved(o, device) for o in (self.x, self.y, self.x_test, self.y_test)
+        )
         return self
 
     def steps(self, batch_size: int) -> int:
@@ -53,10 +62,12 @@ class Resident:
 
     def batches(self, seed: int, epoch: int, batch_size: int):
         "Yield (inputs, targets) of epoch `epoch`, in an order that depends on seed and epoch only"
-        order = torch.randperm(len(self.x), generator=generator(seed, "order", epoch)).to(self.x.device)
+        order = torch.randperm(len(self.x), generator=generator(seed, "order", epoch)).to(
+            self.x.device
+        )
         draws = generator(seed, "augment", epoch)
         for i in range(self.steps(batch_size)):
-            idx = order[i * batch_size:(i + 1) * batch_size]
+            idx = order[i * batch_size : (i + 1) * batch_size]
             x = self.x[idx]
             yield (self.augment(x, draws) if self.augment else x), self.y[idx]
 
@@ -68,14 +79,21 @@ class Resident:
 @dataclass
 class Loaders:
     "Two DataLoaders, with the same three verbs as `Resident`"
+
     train: torch.utils.data.DataLoader  # yields (inputs, targets); its own batch size counts
     heldout: torch.utils.data.DataLoader  # likewise, for testing
     device: torch.device = torch.device("cpu")  # where batches are sent
 
     def __post_init__(self):
         for loader, what in ((self.train, "training"), (self.heldout, "test")):
-            if loader.persistent_workers: raise ValueError(f"the {what} loader has persistent_workers=True: its workers' random states cannot be set, so no run could be repeated; leave it False")
-            if not len(loader): raise ValueError(f"the {what} loader yields no batch: is its data set empty, or smaller than one batch with drop_last=True?")
+            if loader.persistent_workers:
+                raise ValueError(
+                    f"the {what} loader has persistent_workers=True: its workers' random states cannot be set, so no run could be repeated; leave it False"
+                )
+            if not len(loader):
+                raise ValueError(
+                    f"the {what} loader yields no batch: is its data set empty, or smaller than one batch with drop_last=True?"
+                )
 
     def to(self, device):
         "Send batches to `device` from now on"
@@ -87,12 +105,18 @@ class Loaders:
         return len(self.train)
 
     def _send(self, loader):
-        for x, y in loader: yield _moved(x, self.device), y.to(self.device)
+        for x, y in loader:
+            yield _moved(x, self.device), y.to(self.device)
 
     def batches(self, seed: int, epoch: int, batch_size=None):
         "Yield (inputs, targets) of one epoch; call it with torch's global generator seeded"
-        for o in (self.train, self.train.sampler, getattr(self.train.batch_sampler, "sampler", None)):
-            if getattr(o, "generator", None) is not None: o.generator.manual_seed(stream(seed, "order", epoch))
+        for o in (
+            self.train,
+            self.train.sampler,
+            getattr(self.train.batch_sampler, "sampler", None),
+        ):
+            if getattr(o, "generator", None) is not None:
+                o.generator.manual_seed(stream(seed, "order", epoch))
         yield from self._send(self.train)
 
     def test(self, batch_size=None):
@@ -103,25 +127,43 @@ class Loaders:
 @dataclass
 class Task:
     "Data, a loss and metrics: everything training has to know, and nothing about pruning"
+
     name: str  # how tables and files call it
     data: Resident | Loaders  # anything with `to`, `steps`, `batches`, `test`
     loss: Callable = F.cross_entropy  # (outputs, targets) -> scalar
-    metrics: dict | None = None  # name -> (outputs, targets) -> float, higher is better; the first decides what matches
+    metrics: dict | None = (
+        None  # name -> (outputs, targets) -> float, higher is better; the first decides what matches
+    )
     classes: int | None = None  # outputs the head must have; None: the network brings its own
     shape: tuple | None = None  # shape of one input, e.g. (1, 16, 16)
     objective: Callable | None = None  # (network, batch) -> scalar loss, instead of `loss`
-    wrap: Callable | None = None  # network -> the network that is trained, by default the network itself
-    judge: Callable | None = None  # (task, network in test mode) -> {"loss": float, metric: float}, instead of `loss` and `metrics` on the outputs
-    about: dict = field(default_factory=dict)  # plain facts that go into every ticket: source, sizes, split
+    wrap: Callable | None = (
+        None  # network -> the network that is trained, by default the network itself
+    )
+    judge: Callable | None = (
+        None  # (task, network in test mode) -> {"loss": float, metric: float}, instead of `loss` and `metrics` on the outputs
+    )
+    about: dict = field(
+        default_factory=dict
+    )  # plain facts that go into every ticket: source, sizes, split
 
     def __post_init__(self):
         classifies = self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
-        if self.metrics is None: self.metrics = {"accuracy": accuracy} if classifies else {"minus_loss": lambda output, target: -float(self.loss(output, target))}
-        if not self.metrics: raise ValueError("a task needs at least one metric: metrics={'name': function of (outputs, targets)}")
+        if self.metrics is None:
+            self.metrics = (
+                {"accuracy": accuracy}
+                if classifies
+                else {"minus_loss": lambda output, target: -float(self.loss(output, target))}
+            )
+        if not self.metrics:
+            raise ValueError(
+                "a task needs at least one metric: metrics={'name': function of (outputs, targets)}"
+            )
 
     def __call__(self, network: nn.Module, batch: tuple) -> torch.Tensor:
         "The training loss of one batch"
-        if self.objective: return self.objective(network, batch)
+        if self.objective:
+            return self.objective(network, batch)
         return self.loss(network(batch[0]), batch[1])
 
     def network(self, backbone: nn.Module) -> nn.Module:
@@ -141,8 +183,13 @@ class Task:
 # %% ../../nbs/13_tasks.ipynb #30f84c67
 def _compare(task, network):
     "Loss and metrics of the outputs on the whole test set"
-    output, target = (torch.cat(o) for o in zip(*((network(x).float(), y) for x, y in task.data.test())))
-    return {"loss": task.loss(output, target).item()} | {k: f(output, target) for k, f in task.metrics.items()}
+    output, target = (
+        torch.cat(o) for o in zip(*((network(x).float(), y) for x, y in task.data.test()))
+    )
+    return {"loss": task.loss(output, target).item()} | {
+        k: f(output, target) for k, f in task.metrics.items()
+    }
+
 
 @torch.no_grad()
 def evaluate(
@@ -153,7 +200,11 @@ def evaluate(
     "Loss and metrics of `network` on the task's test set"
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    with seeded(0, "test"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        task.data.to(device); scores = task.judge(task, network) if task.judge else _compare(task, network)
+    with (
+        seeded(0, "test"),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        task.data.to(device)
+        scores = task.judge(task, network) if task.judge else _compare(task, network)
     network.train(training)
     return scores

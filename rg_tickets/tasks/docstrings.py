@@ -19,6 +19,7 @@ from ..basics import lookup, stream
 @dataclass(frozen=True)
 class Texts:
     "Labelled texts, split into training and test; a row is (text, second text or None, target)"
+
     train: tuple  # of rows; a target is a class number, a float, or ((answer, its first character in the second text), ...)
     test: tuple  # likewise
     labels: tuple  # name of each class, () if there are none
@@ -28,15 +29,39 @@ class Texts:
 
 # %% ../../nbs/15a_docstrings.ipynb #f1e82a7c
 PACKAGES = {  # package -> words that would give it away
-    "numpy": "numpy np", "scipy": "scipy", "pandas": "pandas pd", "sklearn": "sklearn scikit-learn", "matplotlib": "matplotlib pyplot plt mpl",
-    "networkx": "networkx nx", "torch": "torch pytorch", "python": "python cpython"}
-_SKIP = {"tests", "test", "testing", "_testing", "_vendor", "externals", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
+    "numpy": "numpy np",
+    "scipy": "scipy",
+    "pandas": "pandas pd",
+    "sklearn": "sklearn scikit-learn",
+    "matplotlib": "matplotlib pyplot plt mpl",
+    "networkx": "networkx nx",
+    "torch": "torch pytorch",
+    "python": "python cpython",
+}
+_SKIP = {
+    "tests",
+    "test",
+    "testing",
+    "_testing",
+    "_vendor",
+    "externals",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+}
+
 
 def _home(package):
     "The folder of a package, which is not imported"
-    if package == "python": return Path(sysconfig.get_path("stdlib"))
+    if package == "python":
+        return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(package)
-    if spec is None: raise ModuleNotFoundError(f"the embedded text tasks read the docstrings of {', '.join(PACKAGES)}, and {package} is not installed: pip install {package.replace('sklearn', 'scikit-learn')}")
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"the embedded text tasks read the docstrings of {', '.join(PACKAGES)}, and {package} is not installed: pip install {package.replace('sklearn', 'scikit-learn')}"
+        )
     return Path(spec.submodule_search_locations[0])
 
 # %% ../../nbs/15a_docstrings.ipynb #ece8a272
@@ -46,10 +71,13 @@ def _files(package, budget, density=2500):
     for folder, folders, names in os.walk(home):
         folders[:] = [o for o in folders if o not in _SKIP]
         found += [Path(folder, o) for o in names if o.endswith(".py")]
-    name = lambda path: int(hashlib.md5(f"{package}/{path.relative_to(home).as_posix()}".encode()).hexdigest(), 16)
+    name = lambda path: int(
+        hashlib.md5(f"{package}/{path.relative_to(home).as_posix()}".encode()).hexdigest(), 16
+    )
     for number, path in sorted((name(o), o) for o in found):
         content = path.read_bytes()
-        if len(content) > min(budget, density * (content.count(b'"""') // 2)): continue
+        if len(content) > min(budget, density * (content.count(b'"""') // 2)):
+            continue
         budget -= len(content)
         yield number % 5 == 0, content
 
@@ -58,38 +86,63 @@ def documented(
     source: bytes,  # a Python file
 ) -> list:  # of (qualified name, docstring), the module first under the name ""; [] for a file that cannot be parsed
     "Everything in a source file that has a docstring"
+
     def walk(node, prefix):
         for o in node.body:
-            if not isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
-            if text := ast.get_docstring(o): yield prefix + o.name, text
-            if isinstance(o, ast.ClassDef): yield from walk(o, f"{prefix}{o.name}.")
+            if not isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if text := ast.get_docstring(o):
+                yield prefix + o.name, text
+            if isinstance(o, ast.ClassDef):
+                yield from walk(o, f"{prefix}{o.name}.")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd escapes in other people's code
-        try: tree = ast.parse(source)
-        except (SyntaxError, ValueError): return []
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return []
     return [("", ast.get_docstring(tree) or ""), *walk(tree, "")]
 
 # %% ../../nbs/15a_docstrings.ipynb #550a24e8
-_MARKUP = tuple((re.compile(a), b) for a, b in (
-    (r":[\w:+-]+:`~?(?:[^`<]*?\.)?([^`<.]+?)(?: ?<[^`]*>)?`", r"\1"),  # :func:`~package.name` -> name
-    (r"`+~?([^`]*)`+_*", r"\1"), (r"\*\*?(\w[^*]*)\*\*?", r"\1"), (r"\[\d+\]_", "")))
+_MARKUP = tuple(
+    (re.compile(a), b)
+    for a, b in (
+        (
+            r":[\w:+-]+:`~?(?:[^`<]*?\.)?([^`<.]+?)(?: ?<[^`]*>)?`",
+            r"\1",
+        ),  # :func:`~package.name` -> name
+        (r"`+~?([^`]*)`+_*", r"\1"),
+        (r"\*\*?(\w[^*]*)\*\*?", r"\1"),
+        (r"\[\d+\]_", ""),
+    )
+)
 _STOP = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z])")
 _SENTENCE = re.compile(r"[A-Z][A-Za-z0-9 ,.;:'\"()/=%+<>_-]*\.")
+
 
 def plain(
     text: str,  # reStructuredText
 ) -> str:  # one line
     "A text without its markup"
-    for pattern, to in _MARKUP if any(o in text for o in "`*[") else (): text = pattern.sub(to, text)
+    for pattern, to in _MARKUP if any(o in text for o in "`*[") else ():
+        text = pattern.sub(to, text)
     return " ".join(text.split())
+
 
 def is_sentence(
     text: str,  # one line
 ) -> bool:
     "Whether it is 5 to 30 words, most of them letters only, from a capital to a full stop"
     words = text.split()
-    if not (5 <= len(words) <= 30 and _SENTENCE.fullmatch(text)) or text.count("(") != text.count(")") or "---" in text or " ." in text: return False
-    return sum(o.strip(",.;:()'\"").replace("-", "").isalpha() for o in words) >= .8 * len(words)
+    if (
+        not (5 <= len(words) <= 30 and _SENTENCE.fullmatch(text))
+        or text.count("(") != text.count(")")
+        or "---" in text
+        or " ." in text
+    ):
+        return False
+    return sum(o.strip(",.;:()'\"").replace("-", "").isalpha() for o in words) >= 0.8 * len(words)
 
 # %% ../../nbs/15a_docstrings.ipynb #5ae7f1b1
 def _blocks(text):
@@ -98,8 +151,13 @@ def _blocks(text):
     for line in [*text.splitlines(), ""]:
         here, line = len(line) - len(line.lstrip()), line.strip()
         rule = len(line) > 2 and not line.strip("-=~")
-        if block and (not line or rule or here != indent): yield block[:-1] if rule else block; block = []
-        if line and not rule: block.append(line); indent = here
+        if block and (not line or rule or here != indent):
+            yield block[:-1] if rule else block
+            block = []
+        if line and not rule:
+            block.append(line)
+            indent = here
+
 
 def sentence_runs(
     text: str,  # a docstring, its indentation removed
@@ -108,13 +166,16 @@ def sentence_runs(
     runs = [[]]
     for block in _blocks(text):
         for o in _STOP.split(plain(" ".join(block))):
-            if is_sentence(o): runs[-1].append(o)
-            else: runs.append([])
+            if is_sentence(o):
+                runs[-1].append(o)
+            else:
+                runs.append([])
         runs.append([])
     return [o for o in runs if o]
 
 # %% ../../nbs/15a_docstrings.ipynb #f30b947a
 _ENTRY = re.compile(r"(\w+) : ([A-Za-z{][^:`]{1,38})")
+
 
 def parameters(
     text: str,  # a docstring, its indentation removed
@@ -124,16 +185,28 @@ def parameters(
     rows = []
     for line in found[1].splitlines() if found else ():
         entry = _ENTRY.fullmatch(plain(line)) if line[:1].strip() else None
-        if entry: rows.append((entry[1], entry[2].rstrip(" ,."), []))
-        elif line[:1].strip(): rows.append(("", "", []))  # a heading of another kind: what follows is not the last one's
-        elif rows: rows[-1][2].append(line)
-    first = lambda lines: next((o for b in _blocks("\n".join(lines)) for o in _STOP.split(plain(" ".join(b)))[:1]), "")
-    return [(name, kind, o if is_sentence(o := first(lines)) and len(o.split()) <= 12 else "") for name, kind, lines in rows if name]
+        if entry:
+            rows.append((entry[1], entry[2].rstrip(" ,."), []))
+        elif line[:1].strip():
+            rows.append(
+                ("", "", [])
+            )  # a heading of another kind: what follows is not the last one's
+        elif rows:
+            rows[-1][2].append(line)
+    first = lambda lines: next(
+        (o for b in _blocks("\n".join(lines)) for o in _STOP.split(plain(" ".join(b)))[:1]), ""
+    )
+    return [
+        (name, kind, o if is_sentence(o := first(lines)) and len(o.split()) <= 12 else "")
+        for name, kind, lines in rows
+        if name
+    ]
 
 # %% ../../nbs/15a_docstrings.ipynb #6a19cace
 @dataclass(frozen=True)
 class Corpus:
     "What the docstrings say: `runs`, `named` and `tables` are tuples of (package, is it for testing, ...)"
+
     runs: tuple  # (package, test, sentences that followed each other)
     named: tuple  # (package, test, object's name in words, first sentence)
     tables: tuple  # (package, test, object's name in words, its parameters)
@@ -143,25 +216,36 @@ class Corpus:
         "(package, sentence) of the training or of the test side, in order"
         return [(package, o) for package, side, run in self.runs if side == test for o in run]
 
+
 def _spoken(name):
     "read_csv, ReadCSV -> read csv"
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name.rpartition(".")[2])).lower()
+    return " ".join(
+        re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name.rpartition(".")[2])
+    ).lower()
+
 
 def _fresh(run, seen):
     "The runs that remain of `run` without sentences in `seen`, which grows"
     parts = [[]]
     for o in run:
-        if o in seen: parts.append([])
-        else: parts[-1].append(o); seen.add(o)
+        if o in seen:
+            parts.append([])
+        else:
+            parts[-1].append(o)
+            seen.add(o)
     return [tuple(o) for o in parts if o]
+
 
 @contextmanager
 def _no_collector():
     "Garbage is not looked for during the block"
-    was = gc.isenabled(); gc.disable()
-    try: yield
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        if was: gc.enable()
+        if was:
+            gc.enable()
 
 # %% ../../nbs/15a_docstrings.ipynb #ba0f2364
 @lru_cache(maxsize=2)
@@ -176,28 +260,46 @@ def corpus(
             for name, text in documented(content):
                 found, spoken = sentence_runs(text), _spoken(name)
                 first = found[0][0] if found else None
-                if first and first not in seen and len(spoken.split()) > 1 and plain(text).startswith(first): named.append((package, test, spoken, first))
+                if (
+                    first
+                    and first not in seen
+                    and len(spoken.split()) > 1
+                    and plain(text).startswith(first)
+                ):
+                    named.append((package, test, spoken, first))
                 runs += [(package, test, part) for run in found for part in _fresh(run, seen)]
                 table = tuple(parameters(text))
-                if table and spoken and table not in seen: seen.add(table); tables.append((package, test, spoken, table))
+                if table and spoken and table not in seen:
+                    seen.add(table)
+                    tables.append((package, test, spoken, table))
     every = "\n".join(o for *_, run in runs for o in run)
-    return Corpus(tuple(runs), tuple(named), tuple(tables), hashlib.sha256(every.encode()).hexdigest()[:16])
+    return Corpus(
+        tuple(runs), tuple(named), tuple(tables), hashlib.sha256(every.encode()).hexdigest()[:16]
+    )
 
 # %% ../../nbs/15a_docstrings.ipynb #4357c5d2
 def _by_package(items):
     "package -> items, each without its package"
     found = {}
-    for package, *rest in items: found.setdefault(package, []).append(rest)
+    for package, *rest in items:
+        found.setdefault(package, []).append(rest)
     return found
+
 
 def _half_wrong(pairs, draws):
     "Rows from (package, first, second): half keep their second text (1), half get another one's of their package (0)"
     rows = []
     for members in _by_package(pairs).values():
         members = [members[i] for i in draws.permutation(len(members))]
-        wrong, right = members[:len(members) // 2], members[len(members) // 2:len(members) // 2 * 2]
-        rows += [(a, b, 1) for a, b in right] + [(a, b, 0) for (a, own), (_, b) in zip(wrong, wrong[1:] + wrong[:1]) if b != own]
+        wrong, right = (
+            members[: len(members) // 2],
+            members[len(members) // 2 : len(members) // 2 * 2],
+        )
+        rows += [(a, b, 1) for a, b in right] + [
+            (a, b, 0) for (a, own), (_, b) in zip(wrong, wrong[1:] + wrong[:1]) if b != own
+        ]
     return rows
+
 
 def match(
     found: Corpus,  # where from
@@ -207,21 +309,32 @@ def match(
     "Does the sentence describe the object of that name? (as in MRPC and QNLI)"
     return _half_wrong([(p, a, b) for p, side, a, b in found.named if side == test], draws)
 
+
 def following(
     found: Corpus,  # where from
     test: bool,  # which side
     draws: np.random.RandomState,  # chance
 ) -> list:  # of (sentence, sentence, 0 or 1)
     "Did the second sentence follow the first? (as in RTE and next-sentence prediction)"
-    return _half_wrong([(p, *run[i:i + 2]) for p, side, run in found.runs if side == test for i in range(0, len(run) - 1, 2)], draws)
+    return _half_wrong(
+        [
+            (p, *run[i : i + 2])
+            for p, side, run in found.runs
+            if side == test
+            for i in range(0, len(run) - 1, 2)
+        ],
+        draws,
+    )
 
 # %% ../../nbs/15a_docstrings.ipynb #bcebf8e6
 def _swapped(text, draws):
     "A sentence with one in six of its neighbouring words exchanged, its full stop kept where it was"
     words = text[:-1].split()
     places = [i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()]
-    for i in draws.permutation(places)[:max(1, len(words) // 6)]: words[i], words[i + 1] = words[i + 1], words[i]
+    for i in draws.permutation(places)[: max(1, len(words) // 6)]:
+        words[i], words[i + 1] = words[i + 1], words[i]
     return " ".join(words) + "."
+
 
 def accept(
     found: Corpus,  # where from
@@ -230,9 +343,13 @@ def accept(
 ) -> list:  # of (sentence, None, 0 or 1)
     "Is the order of the words right? (as in CoLA)"
     texts = [o for _, o in found.sentences(test)]
-    rows = [(o if (keep := i % 2) else _swapped(o, draws), None, keep) for i, o in enumerate(texts[i] for i in draws.permutation(len(texts)))]
+    rows = [
+        (o if (keep := i % 2) else _swapped(o, draws), None, keep)
+        for i, o in enumerate(texts[i] for i in draws.permutation(len(texts)))
+    ]
     known = set(texts)
     return [o for o in rows if o[2] or o[0] not in known]  # two swaps can undo each other
+
 
 def topic(
     found: Corpus,  # where from
@@ -241,8 +358,13 @@ def topic(
 ) -> list:  # of (sentence, None, number of the package), equally many of each
     "Which of the packages is it about? (as in topic and sentiment classification)"
     telling = re.compile(rf"\b({'|'.join(' '.join(PACKAGES.values()).split())})\b", re.I)
-    members = _by_package(found.sentences(test)); n = min(map(len, members.values()))
-    return [(telling.sub("library", members[p][i][0]), None, c) for c, p in enumerate(PACKAGES) for i in draws.permutation(len(members[p]))[:n]]
+    members = _by_package(found.sentences(test))
+    n = min(map(len, members.values()))
+    return [
+        (telling.sub("library", members[p][i][0]), None, c)
+        for c, p in enumerate(PACKAGES)
+        for i in draws.permutation(len(members[p]))[:n]
+    ]
 
 # %% ../../nbs/15a_docstrings.ipynb #ad4061f6
 def sim(
@@ -254,10 +376,18 @@ def sim(
     texts = [o for _, o in found.sentences(test)]
     pool, rows = np.array([w for o in texts for w in o[:-1].split()]), []
     for i in draws.permutation(len(texts)):
-        words = texts[i][:-1].split(); keep = draws.rand(len(words)) < draws.rand()
+        words = texts[i][:-1].split()
+        keep = draws.rand(len(words)) < draws.rand()
         other = pool[draws.randint(len(pool), size=len(words))]
-        rows.append((texts[i], " ".join(w if k else o for w, k, o in zip(words, keep, other)) + ".", float(keep.mean())))
+        rows.append(
+            (
+                texts[i],
+                " ".join(w if k else o for w, k, o in zip(words, keep, other)) + ".",
+                float(keep.mean()),
+            )
+        )
     return rows
+
 
 def span(
     found: Corpus,  # where from
@@ -267,13 +397,18 @@ def span(
     "Of which type is the parameter? The answer is a piece of the context (as in SQuAD)"
     rows = []
     for _, side, name, table in found.tables:
-        if side != test or len(table) < 2: continue
+        if side != test or len(table) < 2:
+            continue
         context, starts, chosen = "", [], [table[i] for i in draws.permutation(len(table))[:4]]
         for what, kind, text in chosen:
             starts.append(len(context) + len(what) + 3)
             context += f"{what} : {kind}. {text} ".replace(".  ", ". ")
-        rows += [(f"What is {chosen[k][0]} in {name}?", context.strip(), ((chosen[k][1], starts[k]),)) for k in draws.permutation(len(chosen))[:2]]
+        rows += [
+            (f"What is {chosen[k][0]} in {name}?", context.strip(), ((chosen[k][1], starts[k]),))
+            for k in draws.permutation(len(chosen))[:2]
+        ]
     return rows
+
 
 def mlm(
     found: Corpus,  # where from
@@ -285,8 +420,22 @@ def mlm(
     return [(texts[i], None, 0) for i in draws.permutation(len(texts))]
 
 # %% ../../nbs/15a_docstrings.ipynb #12933154
-RECIPES = {"topic": topic, "accept": accept, "match": match, "next": following, "sim": sim, "span": span, "mlm": mlm}  # name -> (Corpus, test, RandomState) -> rows
-_LABELS = {"topic": tuple(PACKAGES), "accept": ("scrambled", "right"), "match": ("another", "its own"), "next": ("elsewhere", "follows")}
+RECIPES = {
+    "topic": topic,
+    "accept": accept,
+    "match": match,
+    "next": following,
+    "sim": sim,
+    "span": span,
+    "mlm": mlm,
+}  # name -> (Corpus, test, RandomState) -> rows
+_LABELS = {
+    "topic": tuple(PACKAGES),
+    "accept": ("scrambled", "right"),
+    "match": ("another", "its own"),
+    "next": ("elsewhere", "follows"),
+}
+
 
 @lru_cache(maxsize=16)
 def docstring_texts(
@@ -297,5 +446,13 @@ def docstring_texts(
     make, found = lookup(name, RECIPES, "embedded text task"), corpus()
     draw = lambda part: np.random.RandomState(stream(seed, "docstrings", name, part) % 2**32)
     rows = {part: make(found, part == "test", draw(part)) for part in ("train", "test")}
-    train, test = (tuple(o[i] for i in draw(part + " order").permutation(len(o))) for part, o in rows.items())
-    return Texts(train, test, _LABELS.get(name, ()), "by source file: every fifth is for the test", found.fingerprint)
+    train, test = (
+        tuple(o[i] for i in draw(part + " order").permutation(len(o))) for part, o in rows.items()
+    )
+    return Texts(
+        train,
+        test,
+        _LABELS.get(name, ()),
+        "by source file: every fifth is for the test",
+        found.fingerprint,
+    )

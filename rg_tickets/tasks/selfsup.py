@@ -21,8 +21,9 @@ from .images import DISGUISES, fingerprint, image_task
 def _along(start, length, size):
     "[n, size] positions in the picture, in grid_sample's units, of the pixels of boxes that begin at `start` [n]"
     start, length = start[:, None], length[:, None]
-    at = start + (torch.arange(size, device=start.device) + .5) * length / size - .5
+    at = start + (torch.arange(size, device=start.device) + 0.5) * length / size - 0.5
     return (2 * at.clamp(min=start).minimum(start + length - 1) + 1) / size - 1
+
 
 def _cropped(x, top, left, height, width, mirror):
     "The boxes [n] of the pictures [n, c, h, w], enlarged to full size, left and right exchanged where `mirror`"
@@ -35,15 +36,24 @@ def _cropped(x, top, left, height, width, mirror):
 # %% ../../nbs/15_selfsup.ipynb #d72eb2a2
 def _grey(x):
     "Luminance [n, 1, h, w] of colour pictures; a single channel is grey already"
-    return x if x.shape[1] == 1 else (x * x.new_tensor([.2989, .587, .114])[:, None, None]).sum(1, keepdim=True)
+    return (
+        x
+        if x.shape[1] == 1
+        else (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    )
+
 
 def _turned(x, turn):
     "Colour pictures with their hue turned by `turn` [n, 1, 1], in circles"
     (r, g, b), top, chroma = x.unbind(1), x.amax(1), x.amax(1) - x.amin(1)
     c = torch.where(chroma > 0, chroma, 1)
-    sextant = torch.where(top == r, (g - b) / c, torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c)) + 6 * turn
+    sextant = (
+        torch.where(top == r, (g - b) / c, torch.where(top == g, 2 + (b - r) / c, 4 + (r - g) / c))
+        + 6 * turn
+    )
     k = (x.new_tensor([5, 3, 1])[:, None, None] + sextant[:, None]) % 6
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
 
 def _lit(x, brightness, contrast, saturation, turn):
     "Pictures with values in [0, 1] under another light; factors and `turn` are [n, 1, 1, 1]"
@@ -56,7 +66,9 @@ def _lit(x, brightness, contrast, saturation, turn):
 def _blurred(x, sigma):
     "Pictures [n, c, h, w] blurred by `sigma` [n] pixels; the kernel is about a tenth of the picture wide"
     reach = max(1, round(x.shape[-1] / 20))
-    taps = torch.exp(-torch.arange(-reach, reach + 1, device=x.device) ** 2 / (2 * sigma[:, None] ** 2))
+    taps = torch.exp(
+        -(torch.arange(-reach, reach + 1, device=x.device) ** 2) / (2 * sigma[:, None] ** 2)
+    )
     taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]
     for dim, pad in ((2, [0, 0, reach, reach]), (3, [reach, reach, 0, 0])):
         wide, size = F.pad(x, pad, mode="reflect"), x.shape[dim]
@@ -67,26 +79,41 @@ def _blurred(x, sigma):
 @dataclass(frozen=True)
 class two_views:
     "Two random views of each picture; called with a batch and a generator"
-    scale: tuple = (.2, 1.)  # area of the crop, as a share of the picture
+
+    scale: tuple = (0.2, 1.0)  # area of the crop, as a share of the picture
     ratio: tuple = (3 / 4, 4 / 3)  # its width over its height
-    flip: float = .5  # how often left and right are exchanged; 0 for writing
-    jitter: tuple = (.4, .4, .4, .1)  # largest change of brightness, contrast, saturation (factors) and hue (circles)
-    light: float = .8  # how often the light changes
-    grey: float = .2  # how often the colours go
-    blur: float = .5  # how often the focus is lost, by 0.1 to 2 pixels
-    mean: tuple = (0.,)  # of each channel, if the pictures are standardised; white = 1
-    std: tuple = (1.,)  # likewise
+    flip: float = 0.5  # how often left and right are exchanged; 0 for writing
+    jitter: tuple = (
+        0.4,
+        0.4,
+        0.4,
+        0.1,
+    )  # largest change of brightness, contrast, saturation (factors) and hue (circles)
+    light: float = 0.8  # how often the light changes
+    grey: float = 0.2  # how often the colours go
+    blur: float = 0.5  # how often the focus is lost, by 0.1 to 2 pixels
+    mean: tuple = (0.0,)  # of each channel, if the pictures are standardised; white = 1
+    std: tuple = (1.0,)  # likewise
 
     def __post_init__(self):
-        if not 0 < self.scale[0] <= self.scale[1] <= 1: raise ValueError(f"scale={self.scale}: give the smallest and the largest share of the area, between 0 and 1")
-        if len(self.jitter) != 4: raise ValueError(f"jitter={self.jitter}: give four numbers, for brightness, contrast, saturation and hue")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"scale={self.scale}: give the smallest and the largest share of the area, between 0 and 1"
+            )
+        if len(self.jitter) != 4:
+            raise ValueError(
+                f"jitter={self.jitter}: give four numbers, for brightness, contrast, saturation and hue"
+            )
 
     def __call__(
         self,
         x: torch.Tensor,  # [n, c, h, w], on any device
         draws: torch.Generator,  # on the CPU
     ) -> torch.Tensor:  # [n, 2, c, h, w]
-        return torch.stack([self.view(x, torch.rand(13, len(x), generator=draws).to(x.device)) for _ in range(2)], 1)
+        return torch.stack(
+            [self.view(x, torch.rand(13, len(x), generator=draws).to(x.device)) for _ in range(2)],
+            1,
+        )
 
 # %% ../../nbs/15_selfsup.ipynb #db0bfda2
 @patch_to(two_views)
@@ -97,6 +124,7 @@ def box(self, u, h, w):
     height, width = (h * (area / shape).sqrt()).clamp(1, h), (w * (area * shape).sqrt()).clamp(1, w)
     return (h - height) * u[2], (w - width) * u[3], height, width
 
+
 @patch_to(two_views)
 def view(self, x, u):
     "One view of each picture, from uniform numbers [13, n]"
@@ -104,28 +132,36 @@ def view(self, x, u):
     mean, std = (x.new_tensor(o)[:, None, None] for o in (self.mean, self.std))
     x = (_cropped(x, *self.box(u, *x.shape[2:]), u[4] < self.flip) * std + mean).clamp(0, 1)
     change = [2 * a * o - a for a, o in zip(self.jitter, one[5:9])]
-    x = torch.where(one[9] < self.light, _lit(x, *((1 + o).clamp(min=0) for o in change[:3]), change[3]), x)
-    if x.shape[1] == 3: x = torch.where(one[10] < self.grey, _grey(x), x)
-    if self.blur: x = torch.where(one[11] < self.blur, _blurred(x, .1 + 1.9 * u[12]), x)
+    x = torch.where(
+        one[9] < self.light, _lit(x, *((1 + o).clamp(min=0) for o in change[:3]), change[3]), x
+    )
+    if x.shape[1] == 3:
+        x = torch.where(one[10] < self.grey, _grey(x), x)
+    if self.blur:
+        x = torch.where(one[11] < self.blur, _blurred(x, 0.1 + 1.9 * u[12]), x)
     return (x - mean) / std
-
-
 
 # %% ../../nbs/15_selfsup.ipynb #679e269d
 VIEWS = {  # name -> what differs from the defaults of `two_views`
-    "simclr": dict(scale=(.08, 1.), jitter=(.8, .8, .8, .2)),  # Chen et al. 2020
+    "simclr": dict(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),  # Chen et al. 2020
     "moco": dict(),  # Chen, Fan, Girshick & He 2020, "aug+"
-    "writing": dict(scale=(.5, 1.), flip=0., jitter=(.8, .8, 0., 0.), grey=0.),  # ours
+    "writing": dict(scale=(0.5, 1.0), flip=0.0, jitter=(0.8, 0.8, 0.0, 0.0), grey=0.0),  # ours
 }
 UPRIGHT = "handwriting", "glyphs", "house numbers"  # families of `14_images` that are read
 
+
 def _views(task, views):
     "The views to use on `task`: a function as it is, a name with the task's own standardisation"
-    if callable(views): return views
-    options = lookup("writing" if task.about.get("family") in UPRIGHT else views, VIEWS, "set of views")
+    if callable(views):
+        return views
+    options = lookup(
+        "writing" if task.about.get("family") in UPRIGHT else views, VIEWS, "set of views"
+    )
     if "mean" not in task.about:
-        raise ValueError(f"{task.name!r} does not say how its pictures were standardised: give views=two_views(mean=(...), std=(...)), "
-                         "(0.,) and (1.,) if black is 0 and white is 1")
+        raise ValueError(
+            f"{task.name!r} does not say how its pictures were standardised: give views=two_views(mean=(...), std=(...)), "
+            "(0.,) and (1.,) if black is 0 and white is 1"
+        )
     return two_views(**options, mean=tuple(task.about["mean"]), std=tuple(task.about["std"]))
 
 # %% ../../nbs/15_selfsup.ipynb #8f0b6638
@@ -133,19 +169,25 @@ def _unit(z):
     "Rows of length one, in float32 at least"
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
+
 def nt_xent(
     a: torch.Tensor,  # [n, d] projections of one view of each picture; one picture is a ValueError
     b: torch.Tensor,  # [n, d] of the other
-    temperature: float = .5,  # T
+    temperature: float = 0.5,  # T
     legacy: bool = False,  # -ln(mean p) instead of the mean of -ln(p)
 ) -> torch.Tensor:  # scalar
     "SimCLR's loss: which of all the other views belongs to the same picture"
     n = len(a)
-    if n < 2: raise ValueError(f"a batch of {n} has no other picture to compare with: use at least 2, better 64 or more")
+    if n < 2:
+        raise ValueError(
+            f"a batch of {n} has no other picture to compare with: use at least 2, better 64 or more"
+        )
     with torch.autocast(a.device.type, enabled=False):
         z = _unit(torch.cat([a, b]))
         similar = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-        minus_log_p = F.cross_entropy(similar, torch.arange(2 * n, device=a.device).roll(n), reduction="none")
+        minus_log_p = F.cross_entropy(
+            similar, torch.arange(2 * n, device=a.device).roll(n), reduction="none"
+        )
     return math.log(2 * n) - torch.logsumexp(-minus_log_p, 0) if legacy else minus_log_p.mean()
 
 # %% ../../nbs/15_selfsup.ipynb #1ff4def6
@@ -153,7 +195,7 @@ def info_nce(
     query: torch.Tensor,  # [n, d]
     key: torch.Tensor,  # [n, d] the positive of each
     queue: torch.Tensor,  # [K, d] negatives of all, rows of length one
-    temperature: float = .2,  # T
+    temperature: float = 0.2,  # T
 ) -> torch.Tensor:  # scalar
     "MoCo's loss: which of K + 1 keys belongs to the same picture"
     with torch.autocast(query.device.type, enabled=False):
@@ -168,31 +210,44 @@ def features(
 ) -> torch.Tensor:  # [n, d], float32
     "What the backbone hands to its head"
     kept = []
-    with network.get_submodule(heads(network)[0]).register_forward_pre_hook(lambda head, inputs: kept.append(inputs[0])): network(x)
+    with network.get_submodule(heads(network)[0]).register_forward_pre_hook(
+        lambda head, inputs: kept.append(inputs[0])
+    ):
+        network(x)
     return kept[0].float()
+
 
 def neighbours(
     bank: torch.Tensor,  # [m, d] features of pictures whose class is known
     y: torch.Tensor,  # [m] these classes
     x: torch.Tensor,  # [n, d] features of others
     k: int = 20,  # how many vote; all there are, if fewer
-    tau: float = .07,  # temperature of the weights
+    tau: float = 0.07,  # temperature of the weights
 ) -> torch.Tensor:  # [n] classes
     "The class that the nearest neighbours vote for"
     with torch.autocast(x.device.type, enabled=False):
         bank, classes = _unit(bank), F.one_hot(y)
         nearest = [(part @ bank.T).topk(min(k, len(bank))) for part in _unit(x).split(500)]
-        return torch.cat([((s / tau).exp()[:, :, None] * classes[i]).sum(1).argmax(1) for s, i in nearest])
+        return torch.cat(
+            [((s / tau).exp()[:, :, None] * classes[i]).sum(1).argmax(1) for s, i in nearest]
+        )
 
 # %% ../../nbs/15_selfsup.ipynb #21cfc24e
 def _bank(task, limit=10_000):
     "Yield (pictures, classes) of the training set, without views, up to about `limit`"
     if isinstance(task.data, Resident):
-        keep = torch.randperm(len(task.data.x), generator=generator(0, "bank"))[:limit].sort()[0].to(task.data.x.device)
-        yield from zip(task.data.x[keep].split(500), task.data.y[keep].split(500)); return
+        keep = (
+            torch.randperm(len(task.data.x), generator=generator(0, "bank"))[:limit]
+            .sort()[0]
+            .to(task.data.x.device)
+        )
+        yield from zip(task.data.x[keep].split(500), task.data.y[keep].split(500))
+        return
     for x, y in task.data.batches(0, 0, 500):
         yield (x[:, 0] if x.dim() == 5 else x), y
-        if (limit := limit - len(y)) <= 0: return
+        if (limit := limit - len(y)) <= 0:
+            return
+
 
 def _knn_accuracy(task, network):
     "Share of test pictures whose neighbours vote for the right class"
@@ -203,9 +258,11 @@ def _knn_accuracy(task, network):
 # %% ../../nbs/15_selfsup.ipynb #52ddc4de
 def _replaced(backbone, head):
     "The backbone with `head` in place of its own"
-    name, = heads(backbone)
-    backbone.set_submodule(name, head.to(next(backbone.parameters())).train(backbone.training)); backbone.head_names = (name,)
+    (name,) = heads(backbone)
+    backbone.set_submodule(name, head.to(next(backbone.parameters())).train(backbone.training))
+    backbone.head_names = (name,)
     return backbone
+
 
 def projection(
     backbone: nn.Module,  # a network whose head is one nn.Linear, as ResNets have it; changed in place
@@ -216,87 +273,136 @@ def projection(
     head = heads(backbone)
     old = backbone.get_submodule(head[0]) if len(head) == 1 and head[0] else None
     if not isinstance(old, nn.Linear):
-        raise ValueError(f"{type(backbone).__name__} has no linear head to replace (its head is {' and '.join(map(repr, head)) or 'empty'}): take a network of models.resnets, "
-                         "fresh, or build the projection yourself")
+        raise ValueError(
+            f"{type(backbone).__name__} has no linear head to replace (its head is {' and '.join(map(repr, head)) or 'empty'}): take a network of models.resnets, "
+            "fresh, or build the projection yourself"
+        )
     d = old.in_features
-    with seeded(seed, "head"): return _replaced(backbone, nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim)))
+    with seeded(seed, "head"):
+        return _replaced(backbone, nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim)))
 
 # %% ../../nbs/15_selfsup.ipynb #856ebeb1
 def _pair(x, views):
     "Two batches of views, from pictures with two views each, or from pictures and a function that draws them"
-    if x.dim() == 4: x = views(x, torch.default_generator)
+    if x.dim() == 4:
+        x = views(x, torch.default_generator)
     return tuple(o.contiguous(memory_format=torch.channels_last) for o in x.unbind(1))
+
 
 def _test_pairs(task, views):
     "Yield both views of the test pictures; call it with torch's global generator seeded"
     views = getattr(task.data, "augment", None) or views
-    for x, _ in task.data.test(): yield _pair(x, views)
+    for x, _ in task.data.test():
+        yield _pair(x, views)
+
 
 @dataclass(frozen=True)
 class SimCLR:
     "The numbers of SimCLR (Chen et al. 2020), and what they make of a task"
+
     views: object = two_views()  # (pictures, generator) -> [n, 2, c, h, w]
     dim: int = 128  # of the projection
-    temperature: float = .5  # of the loss
+    temperature: float = 0.5  # of the loss
     seed: int = 0  # the run's seed: initial weights of the projection
     legacy: bool = False  # -ln(mean p) instead of the mean of -ln(p)
 
-    def wrap(self, backbone): return projection(backbone, self.dim, self.seed)
+    def wrap(self, backbone):
+        return projection(backbone, self.dim, self.seed)
 
     def objective(self, network, batch):
         a, b = _pair(batch[0], self.views)
-        return nt_xent(*network(torch.cat([a, b])).chunk(2), self.temperature, self.legacy)  # one pass: batch norm sees all views
+        return nt_xent(
+            *network(torch.cat([a, b])).chunk(2), self.temperature, self.legacy
+        )  # one pass: batch norm sees all views
 
     def judge(self, task, network):
-        a, b = (torch.cat(o) for o in zip(*((network(a), network(b)) for a, b in _test_pairs(task, self.views))))
-        whole = len(a) // 256 * 256 or len(a)  # the loss depends on how many are compared: 256, or all if there are fewer
-        losses = [nt_xent(*o, self.temperature, self.legacy) for o in zip(a[:whole].split(256), b[:whole].split(256))]
-        return {"loss": torch.stack(losses).mean().item(), "knn_accuracy": _knn_accuracy(task, network)}
+        a, b = (
+            torch.cat(o)
+            for o in zip(*((network(a), network(b)) for a, b in _test_pairs(task, self.views)))
+        )
+        whole = len(a) // 256 * 256 or len(
+            a
+        )  # the loss depends on how many are compared: 256, or all if there are fewer
+        losses = [
+            nt_xent(*o, self.temperature, self.legacy)
+            for o in zip(a[:whole].split(256), b[:whole].split(256))
+        ]
+        return {
+            "loss": torch.stack(losses).mean().item(),
+            "knn_accuracy": _knn_accuracy(task, network),
+        }
 
 # %% ../../nbs/15_selfsup.ipynb #e8059587
 def _with(task, name, method):
     "The task on whose pictures `method` is trained"
     if any(o.startswith("permuted") for o in task.about.get("controls", [])):
-        raise ValueError(f"views of {task.name!r} would be crops of pictures without neighbourhood: make the views first, permuted({name}(task)), "
-                         f"or by name, 'font_latin/{name}/permuted'")
+        raise ValueError(
+            f"views of {task.name!r} would be crops of pictures without neighbourhood: make the views first, permuted({name}(task)), "
+            f"or by name, 'font_latin/{name}/permuted'"
+        )
     resident = isinstance(task.data, Resident)
     data = replace(task.data, augment=method.views) if resident else task.data
     about = ({"fingerprint": fingerprint(data)} if resident else {}) | copy.deepcopy(task.about)
-    facts = {k: str(v) if k == "views" else v for k, v in asdict(replace(method, views=None)).items()} | {"views": str(method.views)}
+    facts = {
+        k: str(v) if k == "views" else v for k, v in asdict(replace(method, views=None)).items()
+    } | {"views": str(method.views)}
     about |= {"augment": str(method.views), "pretraining": name, **{name: facts}}
-    hooks = dict(objective=method.objective, wrap=method.wrap, judge=method.judge, metrics={"knn_accuracy": None})
+    hooks = dict(
+        objective=method.objective,
+        wrap=method.wrap,
+        judge=method.judge,
+        metrics={"knn_accuracy": None},
+    )
     return replace(task, name=f"{task.name}/{name}", data=data, about=about, **hooks)
+
 
 def simclr(
     task: Task,  # of pictures [n, c, h, w]; labels are used for judging only
     views="simclr",  # a name in VIEWS (pictures of writing always take "writing"), or (pictures, generator) -> [n, 2, c, h, w]
     dim: int = 128,  # numbers that views are compared by
-    temperature: float = .5,  # T of the loss
+    temperature: float = 0.5,  # T of the loss
     seed: int = 0,  # the run's seed: initial weights of the projection
     legacy: bool = False,  # loss -ln(mean p), and views without blur, as in the code that made the published tickets
 ) -> Task:  # train it on `task.network(backbone)`, with Recipe(optimizer="lars") as a rule
     "SimCLR on the pictures of a task"
     views = _views(task, views)
-    return _with(task, "simclr", SimCLR(replace(views, blur=0.) if legacy and isinstance(views, two_views) else views, dim, temperature, seed, legacy))
+    return _with(
+        task,
+        "simclr",
+        SimCLR(
+            replace(views, blur=0.0) if legacy and isinstance(views, two_views) else views,
+            dim,
+            temperature,
+            seed,
+            legacy,
+        ),
+    )
 
 # %% ../../nbs/15_selfsup.ipynb #228f755a
 def _as_buffers(module):
     "The module with every parameter turned into a buffer of the same name"
     for m in module.modules():
         for name, p in list(m.named_parameters(recurse=False)):
-            delattr(m, name); m.register_buffer(name, p.detach().clone())
+            delattr(m, name)
+            m.register_buffer(name, p.detach().clone())
     return module
+
 
 class MocoHead(nn.Module):
     "A projection, and beside it what MoCo remembers: the key encoder, the queue, and how many keys were made so far"
+
     def __init__(
         self,
         network: nn.Module,  # a backbone with its projection; the key encoder begins as its copy
         queue: torch.Tensor,  # [K, d] rows of length one
     ):
         super().__init__()
-        self.project, self.key = network.get_submodule(heads(network)[0]), _as_buffers(copy.deepcopy(network))
-        self.register_buffer("queue", queue); self.register_buffer("made", torch.tensor(0))
+        self.project, self.key = (
+            network.get_submodule(heads(network)[0]),
+            _as_buffers(copy.deepcopy(network)),
+        )
+        self.register_buffer("queue", queue)
+        self.register_buffer("made", torch.tensor(0))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         "[n, features] -> [n, d]: the projection alone"
@@ -306,67 +412,101 @@ class MocoHead(nn.Module):
     def push(self, keys: torch.Tensor):
         "Write the keys [n, d] over the oldest ones; the queue is a ring"
         at = (self.made + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[at] = keys; self.made += len(keys)
+        self.queue[at] = keys
+        self.made += len(keys)
 
 # %% ../../nbs/15_selfsup.ipynb #bf8fe8ba
 @torch.no_grad()
 def follow(
     network: nn.Module,  # with a MocoHead
-    momentum: float = .999,  # m; 1.: only the mask is taken over
+    momentum: float = 0.999,  # m; 1.: only the mask is taken over
 ):
     "k <- m k + (1 - m) q for every parameter of the key encoder; weights that are zero in the query are zero in the key"
-    name, = heads(network); head = network.get_submodule(name)
-    plain = {k.replace(f"{name}.project.", f"{name}.", 1): t for k, t in network.state_dict(keep_vars=True).items()}
+    (name,) = heads(network)
+    head = network.get_submodule(name)
+    plain = {
+        k.replace(f"{name}.project.", f"{name}.", 1): t
+        for k, t in network.state_dict(keep_vars=True).items()
+    }
     key = head.key.state_dict(keep_vars=True)
-    if not head.made: head.key.load_state_dict({k: plain[k] for k in key}); return
+    if not head.made:
+        head.key.load_state_dict({k: plain[k] for k in key})
+        return
     pairs = [(key[k], q) for k, q in plain.items() if isinstance(q, nn.Parameter)]
     if momentum < 1:
         keys, queries = map(list, zip(*pairs))
-        torch._foreach_mul_(keys, momentum); torch._foreach_add_(keys, queries, alpha=1 - momentum)
+        torch._foreach_mul_(keys, momentum)
+        torch._foreach_add_(keys, queries, alpha=1 - momentum)
     for k, q in pairs:
-        if q.dim() > 1: k.mul_(q != 0)
+        if q.dim() > 1:
+            k.mul_(q != 0)
 
 # %% ../../nbs/15_selfsup.ipynb #aa63a400
 @dataclass(frozen=True)
 class MoCo:
     "The numbers of MoCo v2 (Chen, Fan, Girshick & He 2020), and what they make of a task"
+
     views: object = two_views()  # (pictures, generator) -> [n, 2, c, h, w]
     dim: int = 128  # of the projection
-    temperature: float = .2  # of the loss
+    temperature: float = 0.2  # of the loss
     queue: int = 1024  # K, keys kept
-    momentum: float = .999  # m of the key encoder
+    momentum: float = 0.999  # m of the key encoder
     seed: int = 0  # the run's seed: initial weights of the projection, and the first queue
 
     def __post_init__(self):
-        if not 0 <= self.momentum < 1: raise ValueError(f"momentum={self.momentum}: the key encoder keeps that share of itself per step; give a number from 0 to below 1, such as 0.99")
-        if self.queue < 1: raise ValueError(f"queue={self.queue}: give the number of keys to keep, at least a batch")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum={self.momentum}: the key encoder keeps that share of itself per step; give a number from 0 to below 1, such as 0.99"
+            )
+        if self.queue < 1:
+            raise ValueError(
+                f"queue={self.queue}: give the number of keys to keep, at least a batch"
+            )
 
     def wrap(self, backbone):
         network = projection(backbone, self.dim, self.seed)
-        return _replaced(network, MocoHead(network, _unit(torch.randn(self.queue, self.dim, generator=generator(self.seed, "queue")))))
+        return _replaced(
+            network,
+            MocoHead(
+                network,
+                _unit(torch.randn(self.queue, self.dim, generator=generator(self.seed, "queue"))),
+            ),
+        )
 
     def objective(self, network, batch):
         (a, b), head = _pair(batch[0], self.views), network.get_submodule(heads(network)[0])
-        if len(a) > len(head.queue): raise ValueError(f"a batch of {len(a)} does not fit into a queue of {len(head.queue)}: use a queue that holds several batches")
+        if len(a) > len(head.queue):
+            raise ValueError(
+                f"a batch of {len(a)} does not fit into a queue of {len(head.queue)}: use a queue that holds several batches"
+            )
         query = network(a)
-        with torch.no_grad(): follow(network, self.momentum); key = _unit(head.key(b))
+        with torch.no_grad():
+            follow(network, self.momentum)
+            key = _unit(head.key(b))
         loss = info_nce(query, key, head.queue.clone(), self.temperature)
         head.push(key)
         return loss
 
     def judge(self, task, network):
-        follow(network, 1.); head = network.get_submodule(heads(network)[0])
-        losses = [(info_nce(network(a), head.key(b), head.queue, self.temperature), len(a)) for a, b in _test_pairs(task, self.views)]
-        return {"loss": sum(l.item() * n for l, n in losses) / sum(n for _, n in losses), "knn_accuracy": _knn_accuracy(task, network)}
+        follow(network, 1.0)
+        head = network.get_submodule(heads(network)[0])
+        losses = [
+            (info_nce(network(a), head.key(b), head.queue, self.temperature), len(a))
+            for a, b in _test_pairs(task, self.views)
+        ]
+        return {
+            "loss": sum(l.item() * n for l, n in losses) / sum(n for _, n in losses),
+            "knn_accuracy": _knn_accuracy(task, network),
+        }
 
 # %% ../../nbs/15_selfsup.ipynb #bd3a01cd
 def moco(
     task: Task,  # of pictures [n, c, h, w]; labels are used for judging only
     views="moco",  # a name in VIEWS (pictures of writing always take "writing"), or (pictures, generator) -> [n, 2, c, h, w]
     dim: int = 128,  # numbers that views are compared by
-    temperature: float = .2,  # T of the loss
+    temperature: float = 0.2,  # T of the loss
     queue: int = 1024,  # K, keys kept, at least a batch (65536 for ImageNet)
-    momentum: float = .99,  # m of the key encoder (0.999 for ImageNet, where epochs have thousands of steps)
+    momentum: float = 0.99,  # m of the key encoder (0.999 for ImageNet, where epochs have thousands of steps)
     seed: int = 0,  # the run's seed: initial weights of the projection, and the first queue
 ) -> Task:  # train it on `task.network(backbone)`
     "MoCo v2 on the pictures of a task"
@@ -374,6 +514,7 @@ def moco(
 
 # %% ../../nbs/15_selfsup.ipynb #0db3ab9e
 METHODS = {"simclr": simclr, "moco": moco}  # name -> (task, seed=...) -> task
+
 
 def selfsup_task(
     name: str,  # "font_latin/simclr"; with a control of `14_images`, "font_latin/simclr/permuted", in any order
@@ -385,10 +526,17 @@ def selfsup_task(
 ) -> Task:
     "The image task called by the first part of `name`, with the method and the controls called by the others"
     base, *suffixes = name.split("/")
-    for o in suffixes: lookup(o, METHODS | DISGUISES, "method or control")
-    methods = [o for o in suffixes if o in METHODS]
-    if len(methods) != 1: raise ValueError(f"{name!r} names {len(methods)} methods: name one of {', '.join(METHODS)}, as in '{base}/simclr'")
-    task = METHODS[methods[0]](image_task(base, n_train, n_test, augment="none", **where), seed=seed, **(options or {}))
     for o in suffixes:
-        if o in DISGUISES: task = DISGUISES[o](task)
+        lookup(o, METHODS | DISGUISES, "method or control")
+    methods = [o for o in suffixes if o in METHODS]
+    if len(methods) != 1:
+        raise ValueError(
+            f"{name!r} names {len(methods)} methods: name one of {', '.join(METHODS)}, as in '{base}/simclr'"
+        )
+    task = METHODS[methods[0]](
+        image_task(base, n_train, n_test, augment="none", **where), seed=seed, **(options or {})
+    )
+    for o in suffixes:
+        if o in DISGUISES:
+            task = DISGUISES[o](task)
     return task

@@ -21,13 +21,29 @@ from .core import Task, accuracy
 from .docstrings import Texts, corpus, docstring_texts
 from .embedded import stratified
 from .images import fingerprint
-from .pieces import (Guess, Masking, Reader, Sentences, blocks, encode, f1, masked_loss, matthews, pearson, spearman,
-                                     span_loss, span_objective, tokenizer, windows)
+from rg_tickets.tasks.pieces import (
+    Guess,
+    Masking,
+    Reader,
+    Sentences,
+    blocks,
+    encode,
+    f1,
+    masked_loss,
+    matthews,
+    pearson,
+    spearman,
+    span_loss,
+    span_objective,
+    tokenizer,
+    windows,
+)
 
 # %% ../../nbs/16_text.ipynb #d6fe3955
 @dataclass(frozen=True)
 class Source:
     "What is known about a set of texts before it is read"
+
     text: str  # one line for tables
     family: str  # tasks of one family look alike
     head: str  # "classes", "value", "span" or "mlm"
@@ -39,49 +55,201 @@ class Source:
     columns: tuple = ()  # of the files: text, second text
     hub: tuple = ()  # where the files come from: (repository, configuration); () for the embedded tasks
     tests: tuple = ("validation",)  # splits that are tested on; GLUE hides the labels of its `test`
-    top: float = 1.  # largest target of a regression
+    top: float = 1.0  # largest target of a regression
 
-SCORES = {"accuracy": accuracy, "matthews": matthews, "f1": f1, "pearson": pearson, "spearman": spearman}
-_glue = lambda name, *a, **k: Source(*a[:2], k.pop("head", "classes"), a[2], 128, columns=a[3], labels=k.pop("labels", ()), hub=("nyu-mll/glue", name), **k)
-_wiki = lambda name: Source(f"hidden words of Wikipedia articles, {name}", "hidden words", "mlm", ("accuracy",), 512, columns=("text",), hub=("Salesforce/wikitext", f"{name}-raw-v1"))
+
+SCORES = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "f1": f1,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+_glue = lambda name, *a, **k: Source(
+    *a[:2],
+    k.pop("head", "classes"),
+    a[2],
+    128,
+    columns=a[3],
+    labels=k.pop("labels", ()),
+    hub=("nyu-mll/glue", name),
+    **k,
+)
+_wiki = lambda name: Source(
+    f"hidden words of Wikipedia articles, {name}",
+    "hidden words",
+    "mlm",
+    ("accuracy",),
+    512,
+    columns=("text",),
+    hub=("Salesforce/wikitext", f"{name}-raw-v1"),
+)
 _ENTAILS, _TWO = ("entailment", "not_entailment"), ("0", "1")
 
 # %% ../../nbs/16_text.ipynb #4802d018
 TASKS = {
-    "topic": Source("which package a sentence is about", "one sentence", "classes", ("accuracy",), 32, 4800, 1000),
-    "accept": Source("is the order of the words right", "one sentence", "classes", ("accuracy", "matthews"), 32, 6000, 1000),
-    "match": Source("does the sentence describe the object", "two texts", "classes", ("accuracy", "f1"), 32, 4000, 1000),
-    "next": Source("did the second sentence follow the first", "two texts", "classes", ("accuracy", "f1"), 64, 3500, 800),
-    "sim": Source("share of words that were kept", "two texts", "value", ("spearman", "pearson"), 64, 6000, 1000),
-    "span": Source("of which type is the parameter", "answers", "span", ("f1", "exact"), 96, 2400, 500),
-    "mlm": Source("hidden words of docstrings", "hidden words", "mlm", ("accuracy",), 48, 4000, 500),
-    "cola": _glue("cola", "is it grammatical", "one sentence", ("matthews",), ("sentence",), labels=("unacceptable", "acceptable")),
-    "sst2": _glue("sst2", "sentiment of film reviews", "one sentence", ("accuracy",), ("sentence",), labels=("negative", "positive")),
-    "mrpc": _glue("mrpc", "paraphrases in the news", "two texts", ("accuracy", "f1"), ("sentence1", "sentence2"), labels=_TWO),
-    "qqp": _glue("qqp", "duplicate questions", "two texts", ("accuracy", "f1"), ("question1", "question2"), labels=_TWO),
-    "stsb": _glue("stsb", "similarity from 0 to 5", "two texts", ("pearson", "spearman"), ("sentence1", "sentence2"), head="value", top=5.),
-    "mnli": _glue("mnli", "inference in many genres, matched and mismatched", "inference", ("accuracy",), ("premise", "hypothesis"),
-                  labels=("entailment", "neutral", "contradiction"), tests=("validation_matched", "validation_mismatched")),
-    "qnli": _glue("qnli", "does the sentence answer the question", "inference", ("accuracy",), ("question", "sentence"), labels=_ENTAILS),
-    "rte": _glue("rte", "textual entailment", "inference", ("accuracy",), ("sentence1", "sentence2"), labels=_ENTAILS),
-    "wnli": _glue("wnli", "who is meant by the pronoun", "inference", ("accuracy",), ("sentence1", "sentence2"), labels=_TWO),
-    "squad": Source("SQuAD 1.1, answers in Wikipedia passages", "answers", "span", ("f1", "exact"), 384, columns=("question", "context"), hub=("rajpurkar/squad", "plain_text")),
-    "wikitext2": _wiki("wikitext-2"), "wikitext103": _wiki("wikitext-103"),
+    "topic": Source(
+        "which package a sentence is about",
+        "one sentence",
+        "classes",
+        ("accuracy",),
+        32,
+        4800,
+        1000,
+    ),
+    "accept": Source(
+        "is the order of the words right",
+        "one sentence",
+        "classes",
+        ("accuracy", "matthews"),
+        32,
+        6000,
+        1000,
+    ),
+    "match": Source(
+        "does the sentence describe the object",
+        "two texts",
+        "classes",
+        ("accuracy", "f1"),
+        32,
+        4000,
+        1000,
+    ),
+    "next": Source(
+        "did the second sentence follow the first",
+        "two texts",
+        "classes",
+        ("accuracy", "f1"),
+        64,
+        3500,
+        800,
+    ),
+    "sim": Source(
+        "share of words that were kept",
+        "two texts",
+        "value",
+        ("spearman", "pearson"),
+        64,
+        6000,
+        1000,
+    ),
+    "span": Source(
+        "of which type is the parameter", "answers", "span", ("f1", "exact"), 96, 2400, 500
+    ),
+    "mlm": Source(
+        "hidden words of docstrings", "hidden words", "mlm", ("accuracy",), 48, 4000, 500
+    ),
+    "cola": _glue(
+        "cola",
+        "is it grammatical",
+        "one sentence",
+        ("matthews",),
+        ("sentence",),
+        labels=("unacceptable", "acceptable"),
+    ),
+    "sst2": _glue(
+        "sst2",
+        "sentiment of film reviews",
+        "one sentence",
+        ("accuracy",),
+        ("sentence",),
+        labels=("negative", "positive"),
+    ),
+    "mrpc": _glue(
+        "mrpc",
+        "paraphrases in the news",
+        "two texts",
+        ("accuracy", "f1"),
+        ("sentence1", "sentence2"),
+        labels=_TWO,
+    ),
+    "qqp": _glue(
+        "qqp",
+        "duplicate questions",
+        "two texts",
+        ("accuracy", "f1"),
+        ("question1", "question2"),
+        labels=_TWO,
+    ),
+    "stsb": _glue(
+        "stsb",
+        "similarity from 0 to 5",
+        "two texts",
+        ("pearson", "spearman"),
+        ("sentence1", "sentence2"),
+        head="value",
+        top=5.0,
+    ),
+    "mnli": _glue(
+        "mnli",
+        "inference in many genres, matched and mismatched",
+        "inference",
+        ("accuracy",),
+        ("premise", "hypothesis"),
+        labels=("entailment", "neutral", "contradiction"),
+        tests=("validation_matched", "validation_mismatched"),
+    ),
+    "qnli": _glue(
+        "qnli",
+        "does the sentence answer the question",
+        "inference",
+        ("accuracy",),
+        ("question", "sentence"),
+        labels=_ENTAILS,
+    ),
+    "rte": _glue(
+        "rte",
+        "textual entailment",
+        "inference",
+        ("accuracy",),
+        ("sentence1", "sentence2"),
+        labels=_ENTAILS,
+    ),
+    "wnli": _glue(
+        "wnli",
+        "who is meant by the pronoun",
+        "inference",
+        ("accuracy",),
+        ("sentence1", "sentence2"),
+        labels=_TWO,
+    ),
+    "squad": Source(
+        "SQuAD 1.1, answers in Wikipedia passages",
+        "answers",
+        "span",
+        ("f1", "exact"),
+        384,
+        columns=("question", "context"),
+        hub=("rajpurkar/squad", "plain_text"),
+    ),
+    "wikitext2": _wiki("wikitext-2"),
+    "wikitext103": _wiki("wikitext-103"),
 }  # name -> Source
 
 # %% ../../nbs/16_text.ipynb #3e88ca77
 def _datasets():
     "The package `datasets`, an optional extra"
-    try: import datasets
-    except ImportError as e: raise ModuleNotFoundError("GLUE, SQuAD and wikitext are read with an optional extra: pip install 'rg_tickets[text]' (or: pip install datasets). The embedded tasks need nothing") from e
+    try:
+        import datasets
+    except ImportError as e:
+        raise ModuleNotFoundError(
+            "GLUE, SQuAD and wikitext are read with an optional extra: pip install 'rg_tickets[text]' (or: pip install datasets). The embedded tasks need nothing"
+        ) from e
     return datasets
+
 
 def _split(home, split):
     "The files of one split in a folder, and the reader for them; none if there are none"
     for kind, ends in (("parquet", "parquet"), ("json", "jsonl?"), ("csv", "csv")):
-        found = sorted(str(o) for o in home.glob(f"{split}*") if re.fullmatch(rf"{split}(-\d[\w-]*)?\.{ends}", o.name))
-        if found: return kind, found
+        found = sorted(
+            str(o)
+            for o in home.glob(f"{split}*")
+            if re.fullmatch(rf"{split}(-\d[\w-]*)?\.{ends}", o.name)
+        )
+        if found:
+            return kind, found
     return None, []
+
 
 def _local(home, splits, library):
     "split -> data set, from a folder; missing files are missing from the result"
@@ -89,10 +257,19 @@ def _local(home, splits, library):
         found = library.load_from_disk(str(home))
         return {o: found[o] for o in splits if o in found}
     files = {o: _split(home, o) for o in splits}
-    options, quiet = {"csv": dict(keep_default_na=False)}, library.are_progress_bars_disabled()  # "None" and "NA" are words
+    options, quiet = (
+        {"csv": dict(keep_default_na=False)},
+        library.are_progress_bars_disabled(),
+    )  # "None" and "NA" are words
     library.disable_progress_bars()
-    try: return {o: library.load_dataset(kind, data_files=paths, split="train", **options.get(kind, {})) for o, (kind, paths) in files.items() if paths}
-    finally: quiet or library.enable_progress_bars()
+    try:
+        return {
+            o: library.load_dataset(kind, data_files=paths, split="train", **options.get(kind, {}))
+            for o, (kind, paths) in files.items()
+            if paths
+        }
+    finally:
+        quiet or library.enable_progress_bars()
 
 # %% ../../nbs/16_text.ipynb #6ed23a4a
 def _tables(name, source, root, download):
@@ -100,35 +277,62 @@ def _tables(name, source, root, download):
     library, splits = _datasets(), ("train", *source.tests)
     home = Path("data" if root is None else root).expanduser().resolve() / name
     ask = f"text_task({name!r}, root={str(home.parent)!r}, download=True)"
-    try: found = _local(home, splits, library)
-    except Exception as e: raise OSError(f"task {name!r} could not be read from {home} ({type(e).__name__}: {e}). Is it in the hub's format ({source.hub[0]})? To fetch it again delete that folder, then {ask}") from e
+    try:
+        found = _local(home, splits, library)
+    except Exception as e:
+        raise OSError(
+            f"task {name!r} could not be read from {home} ({type(e).__name__}: {e}). Is it in the hub's format ({source.hub[0]})? To fetch it again delete that folder, then {ask}"
+        ) from e
     absent = [o for o in splits if o not in found]
     if absent and not download:
-        raise FileNotFoundError(f"task {name!r} was not found: {home} lacks {', '.join(f'{o}.parquet (or .json, .jsonl, .csv)' for o in absent)}. "
-                                f"Put the files of {source.hub[0]} ({source.hub[1]}) there, set `root`, or ask for the download: {ask}")
-    if not absent: return found
-    try: fetched = library.load_dataset(*source.hub)
-    except Exception as e: raise OSError(f"task {name!r} could not be downloaded ({type(e).__name__}: {e}). Without network, copy the files to {home} from a machine that has it") from e
+        raise FileNotFoundError(
+            f"task {name!r} was not found: {home} lacks {', '.join(f'{o}.parquet (or .json, .jsonl, .csv)' for o in absent)}. "
+            f"Put the files of {source.hub[0]} ({source.hub[1]}) there, set `root`, or ask for the download: {ask}"
+        )
+    if not absent:
+        return found
+    try:
+        fetched = library.load_dataset(*source.hub)
+    except Exception as e:
+        raise OSError(
+            f"task {name!r} could not be downloaded ({type(e).__name__}: {e}). Without network, copy the files to {home} from a machine that has it"
+        ) from e
     fetched.save_to_disk(str(home))
     return {o: fetched[o] for o in splits}
 
+
 def _column(name, split, table, wanted):
     "One column as a list, or a ValueError that says which there are"
-    if wanted not in table.column_names: raise ValueError(f"task {name!r}, split {split!r}: there is no column {wanted!r} but {', '.join(table.column_names)}")
+    if wanted not in table.column_names:
+        raise ValueError(
+            f"task {name!r}, split {split!r}: there is no column {wanted!r} but {', '.join(table.column_names)}"
+        )
     return list(table[wanted])
 
 # %% ../../nbs/16_text.ipynb #cb7372c9
 def _targets(name, source, split, table):
     "The last entry of every row"
-    if source.head == "mlm": return [0] * len(table)
+    if source.head == "mlm":
+        return [0] * len(table)
     if source.head == "span":
-        return [tuple(dict.fromkeys(zip(o["text"], o["answer_start"]))) for o in _column(name, split, table, "answers")]
-    found = _column(name, split, table, "label"); high = source.top if source.head == "value" else len(source.labels) - 1
+        return [
+            tuple(dict.fromkeys(zip(o["text"], o["answer_start"])))
+            for o in _column(name, split, table, "answers")
+        ]
+    found = _column(name, split, table, "label")
+    high = source.top if source.head == "value" else len(source.labels) - 1
     for n, y in enumerate(found):
-        if not isinstance(y, (int, float)) or not 0 <= y <= high or (source.head == "classes" and y != int(y)):
-            raise ValueError(f"task {name!r}, split {split!r}, row {n}: the label {y!r} is not {'a number' if source.head == 'value' else 'a class'} from 0 to {high:g}"
-                             + (" (-1 marks hidden labels: test on the validation split)" if y == -1 else ""))
+        if (
+            not isinstance(y, (int, float))
+            or not 0 <= y <= high
+            or (source.head == "classes" and y != int(y))
+        ):
+            raise ValueError(
+                f"task {name!r}, split {split!r}, row {n}: the label {y!r} is not {'a number' if source.head == 'value' else 'a class'} from 0 to {high:g}"
+                + (" (-1 marks hidden labels: test on the validation split)" if y == -1 else "")
+            )
     return [float(o) for o in found] if source.head == "value" else [int(o) for o in found]
+
 
 def _rows(name, source, split, table, empty):
     "The rows of one split; rows with an empty text are refused, or dropped"
@@ -137,29 +341,50 @@ def _rows(name, source, split, table, empty):
     for side, texts in zip(source.columns, columns):
         bad = [n for n, o in enumerate(texts) if not isinstance(o, str) or not o.strip()]
         if bad and empty == "refuse" and source.head != "mlm":
-            raise ValueError(f"task {name!r}, split {split!r}: {len(bad)} texts in column {side!r} are empty, first in row {bad[0]}. Correct the file, or leave those rows out with empty='drop'")
+            raise ValueError(
+                f"task {name!r}, split {split!r}: {len(bad)} texts in column {side!r} are empty, first in row {bad[0]}. Correct the file, or leave those rows out with empty='drop'"
+            )
     texts = list(zip(*columns)) if len(columns) == 2 else [(o, None) for o in columns[0]]
-    return tuple((a, b, y) for (a, b), y in zip(texts, _targets(name, source, split, table)) if a and a.strip() and (len(columns) == 1 or (b and b.strip())))
+    return tuple(
+        (a, b, y)
+        for (a, b), y in zip(texts, _targets(name, source, split, table))
+        if a and a.strip() and (len(columns) == 1 or (b and b.strip()))
+    )
+
 
 def _from_hub(name, source, root, download, empty):
     "A task's rows as Texts"
     tables = _tables(name, source, root, download)
     train, *tests = (_rows(name, source, o, tables[o], empty) for o in ("train", *source.tests))
     for split, rows in zip(("train", *source.tests), (train, *tests)):
-        if not rows: raise ValueError(f"task {name!r}, split {split!r} has no rows with text")
-    return Texts(train, sum(tests, ()), source.labels, f"the data set's own train and {', '.join(source.tests)}", parts=tuple(map(len, tests)))
+        if not rows:
+            raise ValueError(f"task {name!r}, split {split!r} has no rows with text")
+    return Texts(
+        train,
+        sum(tests, ()),
+        source.labels,
+        f"the data set's own train and {', '.join(source.tests)}",
+        parts=tuple(map(len, tests)),
+    )
 
 # %% ../../nbs/16_text.ipynb #800affc8
 def _mixed(text, draws):
     words = text.split()
     return " ".join(words[i] for i in draws.permutation(len(words)))
 
+
 def _mixed_around(row, draws):
     "The row with its passage's words in another order, around the answer"
     question, passage, ((answer, at), *_) = row
-    parts = [*passage[:at].split(), None, *passage[at + len(answer):].split()]
-    parts = [parts[i] for i in draws.permutation(len(parts))]; k = parts.index(None)
-    return _mixed(question, draws), " ".join(answer if o is None else o for o in parts), ((answer, len(" ".join(parts[:k])) + (k > 0)),)
+    parts = [*passage[:at].split(), None, *passage[at + len(answer) :].split()]
+    parts = [parts[i] for i in draws.permutation(len(parts))]
+    k = parts.index(None)
+    return (
+        _mixed(question, draws),
+        " ".join(answer if o is None else o for o in parts),
+        ((answer, len(" ".join(parts[:k])) + (k > 0)),),
+    )
+
 
 def shuffled_words(
     rows: tuple,  # of (text, second text or None, target)
@@ -167,13 +392,18 @@ def shuffled_words(
     draws: np.random.RandomState,  # chance
 ) -> tuple:  # of rows
     "The control in which words have lost their order"
-    if head == "span": return tuple(_mixed_around(o, draws) for o in rows)
+    if head == "span":
+        return tuple(_mixed_around(o, draws) for o in rows)
     return tuple((_mixed(a, draws), b and _mixed(b, draws), y) for a, b, y in rows)
+
 
 def _anywhere(row, draws):
     "The row with another answer: as many words of the passage, from anywhere"
-    words = list(re.finditer(r"\S+", row[1])); n = min(len(words), len(row[2][0][0].split())); k = draws.randint(len(words) - n + 1)
-    return (*row[:2], ((row[1][words[k].start():words[k + n - 1].end()], words[k].start()),))
+    words = list(re.finditer(r"\S+", row[1]))
+    n = min(len(words), len(row[2][0][0].split()))
+    k = draws.randint(len(words) - n + 1)
+    return (*row[:2], ((row[1][words[k].start() : words[k + n - 1].end()], words[k].start()),))
+
 
 def random_labels(
     rows: tuple,  # of (text, second text or None, target)
@@ -181,66 +411,117 @@ def random_labels(
     draws: np.random.RandomState,  # chance
 ) -> tuple:  # of rows
     "The control in which labels mean nothing"
-    if head == "mlm": raise ValueError("masked language modelling has no labels to deal: its control is shuffled_words")
-    if head == "span": return tuple(_anywhere(o, draws) for o in rows)
+    if head == "mlm":
+        raise ValueError(
+            "masked language modelling has no labels to deal: its control is shuffled_words"
+        )
+    if head == "span":
+        return tuple(_anywhere(o, draws) for o in rows)
     return tuple((a, b, rows[i][2]) for (a, b, _), i in zip(rows, draws.permutation(len(rows))))
 
-DISGUISES = {"shuffled_words": shuffled_words, "random_labels": random_labels}  # name -> (rows, head, RandomState) -> rows
+
+DISGUISES = {
+    "shuffled_words": shuffled_words,
+    "random_labels": random_labels,
+}  # name -> (rows, head, RandomState) -> rows
 
 # %% ../../nbs/16_text.ipynb #c0dc4c08
 def _chosen(rows, n, default, seed, name, part, head):
     "`n` rows, as they were ordered before; `default` or all there are if `n` is None"
-    if n is None: n = min(default or len(rows), len(rows))
+    if n is None:
+        n = min(default or len(rows), len(rows))
     if not (isinstance(n, Integral) and 1 <= n <= len(rows)):
-        raise ValueError(f"n_{part}={n!r}: task {name!r} has {len(rows)} {part} rows here; give a whole number from 1 to {len(rows)}, or None for its default")
+        raise ValueError(
+            f"n_{part}={n!r}: task {name!r} has {len(rows)} {part} rows here; give a whole number from 1 to {len(rows)}, or None for its default"
+        )
     y = np.array([o[2] for o in rows]) if head == "classes" else np.zeros(len(rows), int)
     return tuple(rows[i] for i in np.sort(stratified(y, seed, f"{name} {part} subset")[:n]))
+
 
 @dataclass(frozen=True)
 class Fits:
     "Gives a network back, if it has the pieces and the positions a task needs"
+
     size: int  # of the vocabulary
     length: int  # of the window
 
     def __call__(self, network: nn.Module) -> nn.Module:
         "`network`, or a ValueError"
         config = getattr(getattr(network, "bert", network), "config", None)
-        have, seats = getattr(config, "vocab_size", self.size), getattr(config, "max_position_embeddings", self.length)
-        if have < self.size: raise ValueError(f"the task was made with {self.size} word pieces, and the network knows {have}: give both the same tokeniser, or cut the task's vocabulary as the network's was (vocabulary=...)")
-        if seats < self.length: raise ValueError(f"the task's windows are {self.length} pieces long, and the network has {seats} positions: make the task with length={seats}")
+        have, seats = (
+            getattr(config, "vocab_size", self.size),
+            getattr(config, "max_position_embeddings", self.length),
+        )
+        if have < self.size:
+            raise ValueError(
+                f"the task was made with {self.size} word pieces, and the network knows {have}: give both the same tokeniser, or cut the task's vocabulary as the network's was (vocabulary=...)"
+            )
+        if seats < self.length:
+            raise ValueError(
+                f"the task's windows are {self.length} pieces long, and the network has {seats} positions: make the task with length={seats}"
+            )
         return network
 
 # %% ../../nbs/16_text.ipynb #dcea4c2c
 @dataclass(frozen=True)
 class Part:
     "A metric on a part of the test set; nan where that is empty"
+
     metric: object  # (outputs, targets) -> float
     start: int  # first row
     stop: int  # row before which to stop
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> float:
         "The metric of rows `start` to `stop`"
-        output, target = output[self.start:self.stop], target[self.start:self.stop]
+        output, target = output[self.start : self.stop], target[self.start : self.stop]
         return self.metric(output, target) if len(target) else float("nan")
+
 
 def _metrics(source, parts):
     "name -> metric; a second part of the test set has names of its own (MNLI: accuracy_mm)"
-    plain = {k: SCORES[k] for k in source.scores} if source.head in ("classes", "value") else dict.fromkeys(source.scores)
-    if len(parts) < 2: return plain
-    return {k + end: Part(f, a, a + n) for end, a, n in (("", 0, parts[0]), ("_mm", parts[0], parts[1])) for k, f in plain.items()}
+    plain = (
+        {k: SCORES[k] for k in source.scores}
+        if source.head in ("classes", "value")
+        else dict.fromkeys(source.scores)
+    )
+    if len(parts) < 2:
+        return plain
+    return {
+        k + end: Part(f, a, a + n)
+        for end, a, n in (("", 0, parts[0]), ("_mm", parts[0], parts[1]))
+        for k, f in plain.items()
+    }
+
 
 def _tensors(source, train, test, tok, length, n_train, n_test):
     "Resident data, what depends on the head (keywords of Task), and facts"
     if source.head == "mlm":
         x, x_test = blocks(train, tok, length, n_train), blocks(test, tok, length, n_test)
         guess = Guess(Masking(tok.mask_token_id, len(tok), tuple(tok.all_special_ids)))
-        return Sentences(x, torch.zeros(len(x)), x_test, torch.zeros(len(x_test))), dict(loss=masked_loss, objective=guess, judge=guess.judge), {}
+        return (
+            Sentences(x, torch.zeros(len(x)), x_test, torch.zeros(len(x_test))),
+            dict(loss=masked_loss, objective=guess, judge=guess.judge),
+            {},
+        )
     if source.head == "span":
         a, b = windows(train, tok, length), windows(test, tok, length)
-        return Sentences(a.x, a.y, b.x, b.y), dict(loss=span_loss, objective=span_objective, judge=Reader(test, b.owner, b.spans)), dict(windows=[len(a.x), len(b.x)])
+        return (
+            Sentences(a.x, a.y, b.x, b.y),
+            dict(loss=span_loss, objective=span_objective, judge=Reader(test, b.owner, b.spans)),
+            dict(windows=[len(a.x), len(b.x)]),
+        )
     (x, cut), (x_test, cut_test) = encode(train, tok, length), encode(test, tok, length)
-    y, y_test = (torch.tensor([o[2] for o in rows], dtype=torch.float32 if source.head == "value" else torch.int64) for rows in (train, test))
-    return Sentences(x, y, x_test, y_test), dict(loss=F.mse_loss if source.head == "value" else F.cross_entropy), dict(truncated=[round(cut, 4), round(cut_test, 4)])
+    y, y_test = (
+        torch.tensor(
+            [o[2] for o in rows], dtype=torch.float32 if source.head == "value" else torch.int64
+        )
+        for rows in (train, test)
+    )
+    return (
+        Sentences(x, y, x_test, y_test),
+        dict(loss=F.mse_loss if source.head == "value" else F.cross_entropy),
+        dict(truncated=[round(cut, 4), round(cut_test, 4)]),
+    )
 
 # %% ../../nbs/16_text.ipynb #405fb795
 def used(
@@ -252,12 +533,26 @@ def used(
     x = [o.data.x if isinstance(o, Task) else o for o in inputs]
     return _often(torch.bincount(torch.cat([o[:, 0][o[:, 1] == 1].cpu() for o in x])), special, k)
 
-def _often(counts, special, k): return sorted(set((counts >= k).nonzero()[:, 0].tolist()) | set(special))
+
+def _often(counts, special, k):
+    return sorted(set((counts >= k).nonzero()[:, 0].tolist()) | set(special))
+
 
 @lru_cache(maxsize=4)
 def _corpus_counts(tok):
     "How often each piece occurs in the training side of the docstrings"
-    return torch.bincount(torch.tensor([i for ids in tok([o for _, o in corpus().sentences(False)], add_special_tokens=False)["input_ids"] for i in ids]))
+    return torch.bincount(
+        torch.tensor(
+            [
+                i
+                for ids in tok([o for _, o in corpus().sentences(False)], add_special_tokens=False)[
+                    "input_ids"
+                ]
+                for i in ids
+            ]
+        )
+    )
+
 
 def corpus_vocabulary(
     source="auto",  # as in `tokenizer`
@@ -270,8 +565,10 @@ def corpus_vocabulary(
 # %% ../../nbs/16_text.ipynb #5d24dc5a
 def _renumbered(x, ids, unknown):
     "[n, 3, L] with pieces numbered by their place in `ids`"
-    ids = torch.tensor(ids, device=x.device); at = torch.searchsorted(ids, x[:, 0].contiguous()).clamp(max=len(ids) - 1)
+    ids = torch.tensor(ids, device=x.device)
+    at = torch.searchsorted(ids, x[:, 0].contiguous()).clamp(max=len(ids) - 1)
     return torch.cat([torch.where(ids[at] == x[:, 0], at, unknown)[:, None], x[:, 1:]], 1)
+
 
 def cut_vocabulary(
     task: Task,  # made by `text_task`
@@ -279,29 +576,67 @@ def cut_vocabulary(
 ) -> Task:  # a task of its own, whose piece i is the old piece ids[i]
     "The task in a smaller vocabulary; unknown pieces are [UNK]"
     ids, special = list(map(int, ids)), task.about["special"]
-    if ids != sorted(set(ids)) or not set(special.values()) <= set(ids): raise ValueError("the vocabulary must be sorted, without repetition, and hold all special pieces: make it with `used` or `corpus_vocabulary`")
-    if ids[-1] >= task.about["vocabulary"]: raise ValueError(f"the vocabulary names piece {ids[-1]}, and the task has {task.about['vocabulary']}: it belongs to another tokeniser")
+    if ids != sorted(set(ids)) or not set(special.values()) <= set(ids):
+        raise ValueError(
+            "the vocabulary must be sorted, without repetition, and hold all special pieces: make it with `used` or `corpus_vocabulary`"
+        )
+    if ids[-1] >= task.about["vocabulary"]:
+        raise ValueError(
+            f"the vocabulary names piece {ids[-1]}, and the task has {task.about['vocabulary']}: it belongs to another tokeniser"
+        )
     new = {k: ids.index(i) for k, i in special.items()}
-    x, x_test = (_renumbered(o, ids, new["unk"]) for o in (task.data.x, task.data.x_test)); data = replace(task.data, x=x, x_test=x_test)
+    x, x_test = (_renumbered(o, ids, new["unk"]) for o in (task.data.x, task.data.x_test))
+    data = replace(task.data, x=x, x_test=x_test)
     unknown = float((x[:, 0] == new["unk"]).sum() / x[:, 1].sum())
-    about = task.about | dict(vocabulary=len(ids), cut=hashlib.sha256(str(ids).encode()).hexdigest()[:16], special=new, unknown=round(unknown, 4), fingerprint=fingerprint(data))
-    guess = Guess(Masking(new["mask"], len(ids), tuple(new.values()))) if about["head"] == "mlm" else None
-    return replace(task, data=data, about=about, wrap=Fits(len(ids), about["length"]), **(dict(objective=guess, judge=guess.judge) if guess else {}))
+    about = task.about | dict(
+        vocabulary=len(ids),
+        cut=hashlib.sha256(str(ids).encode()).hexdigest()[:16],
+        special=new,
+        unknown=round(unknown, 4),
+        fingerprint=fingerprint(data),
+    )
+    guess = (
+        Guess(Masking(new["mask"], len(ids), tuple(new.values())))
+        if about["head"] == "mlm"
+        else None
+    )
+    return replace(
+        task,
+        data=data,
+        about=about,
+        wrap=Fits(len(ids), about["length"]),
+        **(dict(objective=guess, judge=guess.judge) if guess else {}),
+    )
 
 # %% ../../nbs/16_text.ipynb #904012c8
 def _facts(source, texts, tok, seed):
     "What goes into every ticket, but for sizes"
-    names = hashlib.sha256("\n".join(sorted(tok.get_vocab(), key=tok.get_vocab().get)).encode()).hexdigest()[:16]
+    names = hashlib.sha256(
+        "\n".join(sorted(tok.get_vocab(), key=tok.get_vocab().get)).encode()
+    ).hexdigest()[:16]
     special = {k: getattr(tok, f"{k}_token_id") for k in ("pad", "unk", "cls", "sep", "mask")}
-    return dict(family=source.family, kind="hub" if source.hub else "embedded", source=source.text, split=texts.split, head=source.head, labels=list(texts.labels), data_seed=seed,
-                corpus=texts.corpus, tokenizer=names, vocabulary=len(tok), special=special)
+    return dict(
+        family=source.family,
+        kind="hub" if source.hub else "embedded",
+        source=source.text,
+        split=texts.split,
+        head=source.head,
+        labels=list(texts.labels),
+        data_seed=seed,
+        corpus=texts.corpus,
+        tokenizer=names,
+        vocabulary=len(tok),
+        special=special,
+    )
 
 # %% ../../nbs/16_text.ipynb #f69ea8ef
 def text_task(
     name: str,  # a key of TASKS; with a control, "topic/shuffled_words" or "topic/random_labels"
-    n_train: int | None = None,  # training rows (masked language modelling: windows); None for the task's default
+    n_train: int  # training rows (masked language modelling: windows); None for the task's default
+    | None = None,  # training rows (masked language modelling: windows); None for the task's default
     n_test: int | None = None,  # test rows, likewise; MNLI takes as many of either part
-    length: int | None = None,  # window in pieces, None for the task's default; longer texts are truncated, longer passages cut into several
+    length: int  # window in pieces, None for the task's default; longer texts are truncated, longer passages cut into several
+    | None = None,  # window in pieces, None for the task's default; longer texts are truncated, longer passages cut into several
     tokenizer="auto",  # as in the function `tokenizer`: the network's own
     vocabulary=None,  # numbers of the pieces that stay, for a network whose vocabulary was cut; "corpus" for `corpus_vocabulary`; None for all
     seed: int = 0,  # the data seed, not the run's: it draws rows, subsets and controls
@@ -310,22 +645,59 @@ def text_task(
     empty: str = "refuse",  # rows with an empty text are a ValueError; "drop" leaves them out
 ) -> Task:  # inputs [n, 3, L]; about["head"] says which head it needs
     "The text task called `name`; unknown names, bad rows and too large subsets are ValueErrors, missing files a FileNotFoundError"
-    base, *suffixes = str(name).split("/"); source = lookup(base, TASKS, "text task")
+    base, *suffixes = str(name).split("/")
+    source = lookup(base, TASKS, "text task")
     controls = [(o, lookup(o, DISGUISES, "task control")) for o in suffixes]
     length, tok = source.length if length is None else length, _tokenizer(tokenizer)
     seats = min(tok.model_max_length, 4096)
-    if not (isinstance(length, Integral) and 8 <= length <= seats): raise ValueError(f"length={length!r}: give a whole number of word pieces from 8 to {seats}, the tokeniser's longest")
-    texts = _from_hub(base, source, root, download, empty) if source.hub else docstring_texts(base, seed)
+    if not (isinstance(length, Integral) and 8 <= length <= seats):
+        raise ValueError(
+            f"length={length!r}: give a whole number of word pieces from 8 to {seats}, the tokeniser's longest"
+        )
+    texts = (
+        _from_hub(base, source, root, download, empty)
+        if source.hub
+        else docstring_texts(base, seed)
+    )
     parts = texts.parts or (len(texts.test),)
-    sides = [texts.train, *(texts.test[a:a + n] for a, n in zip(np.cumsum([0, *parts]), parts))]
+    sides = [texts.train, *(texts.test[a : a + n] for a, n in zip(np.cumsum([0, *parts]), parts))]
     wanted = [(n_train, source.train, "train"), *[(n_test, source.test, "test")] * len(parts)]
-    if source.head != "mlm": sides = [_chosen(o, *w[:2], seed, base, w[2], source.head) for o, w in zip(sides, wanted)]
-    for what, control in controls: sides = [control(o, source.head, np.random.RandomState(stream(seed, what, base, i) % 2**32)) for i, o in enumerate(sides)]
+    if source.head != "mlm":
+        sides = [_chosen(o, *w[:2], seed, base, w[2], source.head) for o, w in zip(sides, wanted)]
+    for what, control in controls:
+        sides = [
+            control(o, source.head, np.random.RandomState(stream(seed, what, base, i) % 2**32))
+            for i, o in enumerate(sides)
+        ]
     many = [source.train if n_train is None else n_train, source.test if n_test is None else n_test]
     data, hooks, more = _tensors(source, sides[0], sum(sides[1:], ()), tok, length, *many)
-    about = _facts(source, texts, tok, seed) | more | dict(length=length, n_train=len(data.x), n_test=len(data.x_test), controls=[f"{o}, seed {seed}" for o in suffixes], fingerprint=fingerprint(data))
-    task = Task(str(name), data, metrics=_metrics(source, [len(o) for o in sides[1:]]), classes=len(texts.labels) or None, shape=(3, length), wrap=Fits(len(tok), length), about=about, **hooks)
-    ids = corpus_vocabulary(tok) if isinstance(vocabulary, str) and vocabulary == "corpus" else vocabulary
+    about = (
+        _facts(source, texts, tok, seed)
+        | more
+        | dict(
+            length=length,
+            n_train=len(data.x),
+            n_test=len(data.x_test),
+            controls=[f"{o}, seed {seed}" for o in suffixes],
+            fingerprint=fingerprint(data),
+        )
+    )
+    task = Task(
+        str(name),
+        data,
+        metrics=_metrics(source, [len(o) for o in sides[1:]]),
+        classes=len(texts.labels) or None,
+        shape=(3, length),
+        wrap=Fits(len(tok), length),
+        about=about,
+        **hooks,
+    )
+    ids = (
+        corpus_vocabulary(tok)
+        if isinstance(vocabulary, str) and vocabulary == "corpus"
+        else vocabulary
+    )
     return task if ids is None else cut_vocabulary(task, ids)
+
 
 _tokenizer = tokenizer  # `text_task` has an argument of that name

@@ -39,11 +39,19 @@ def average_precision(
 ) -> float:  # in [0, 1]
     "Average precision of one class, as Pascal VOC defines it"
     rule = lookup(points, {"all": False, "11": True}, "way to average precision")
-    if not len(scores): return 0.
+    if not len(scores):
+        return 0.0
     true = hits[scores.argsort(descending=True, stable=True)].double().cumsum(0)
     recall, precision = true / things, true / torch.arange(1, len(true) + 1)
     envelope = precision.flip(0).cummax(0).values.flip(0)
-    if rule: return sum(envelope[recall >= k / 10].max().item() if (recall >= k / 10).any() else 0. for k in range(11)) / 11
+    if rule:
+        return (
+            sum(
+                envelope[recall >= k / 10].max().item() if (recall >= k / 10).any() else 0.0
+                for k in range(11)
+            )
+            / 11
+        )
     return (envelope * recall.diff(prepend=torch.zeros(1))).sum().item()
 
 # %% ../../nbs/14a_voc.ipynb #9ff3f44e
@@ -51,24 +59,29 @@ def matches(
     boxes: torch.Tensor,  # [k, 4] x1, y1, x2, y2, best score first
     things: torch.Tensor,  # [m, 4]
     difficult: torch.Tensor,  # [m] bool
-    iou: float = .5,  # least intersection over union
+    iou: float = 0.5,  # least intersection over union
 ) -> torch.Tensor:  # [k] 1: true, 0: false, -1: belongs to a difficult thing and is not counted
     "Which detections of a class in one picture are true"
     taken, found = difficult.clone(), torch.zeros(len(boxes), dtype=torch.long)
-    if not len(things): return found
+    if not len(things):
+        return found
     overlap, which = box_iou(boxes, things).max(1)
     for i, j in enumerate(which.tolist()):
-        if overlap[i] < iou: continue
+        if overlap[i] < iou:
+            continue
         found[i] = -1 if difficult[j] else int(not taken[j])
         taken[j] = True
     return found
 
+
 def mean_average_precision(
     detections: list,  # a tensor [k, 6] for each picture: class, score, x1, y1, x2, y2
     truths: list,  # a tensor [m, 6] for each picture: class, difficult (0 or 1), x1, y1, x2, y2
-    iou: float = .5,  # as in `matches`
+    iou: float = 0.5,  # as in `matches`
     points: str = "all",  # as in `average_precision`
-) -> dict:  # class -> average precision, of all classes of which there is a thing that is not difficult
+) -> (
+    dict
+):  # class -> average precision, of all classes of which there is a thing that is not difficult
     "Average precision of each class; the mean of the values is mAP"
     table, every = {}, torch.cat(truths)
     for c in every[every[:, 1] == 0, 0].unique().tolist():
@@ -76,10 +89,18 @@ def mean_average_precision(
         for d, t in zip(detections, truths):
             d, t = d[d[:, 0] == c], t[t[:, 0] == c]
             d = d[d[:, 1].argsort(descending=True, stable=True)]
-            if len(d): found.append(torch.stack([d[:, 1], matches(d[:, 2:], t[:, 2:], t[:, 1] > 0, iou).to(d)], 1))
+            if len(d):
+                found.append(
+                    torch.stack([d[:, 1], matches(d[:, 2:], t[:, 2:], t[:, 1] > 0, iou).to(d)], 1)
+                )
         found = torch.cat(found) if found else torch.zeros(0, 2)
         found = found[found[:, 1] >= 0]
-        table[int(c)] = average_precision(found[:, 0], found[:, 1] > 0, int(((every[:, 0] == c) & (every[:, 1] == 0)).sum()), points)
+        table[int(c)] = average_precision(
+            found[:, 0],
+            found[:, 1] > 0,
+            int(((every[:, 0] == c) & (every[:, 1] == 0)).sum()),
+            points,
+        )
     return table
 
 # %% ../../nbs/14a_voc.ipynb #52971e9e
@@ -90,31 +111,69 @@ def confusion(
 ) -> torch.Tensor:  # [classes, classes] int64, pixels of class (row) called class (column)
     "How often each class was taken for which"
     known = target != 255
-    return torch.bincount(classes * target[known] + answer[known], minlength=classes**2).view(classes, classes)
+    return torch.bincount(classes * target[known] + answer[known], minlength=classes**2).view(
+        classes, classes
+    )
+
 
 def mean_iou(
     table: torch.Tensor,  # [classes, classes] what `confusion` gave
 ) -> float:  # in [0, 1]; 0 if there is no pixel
     "Mean intersection over union of the classes that occur"
-    both = table.diag().double(); either = table.sum(0) + table.sum(1) - both
-    return (both / either)[either > 0].mean().item() if either.any() else 0.
+    both = table.diag().double()
+    either = table.sum(0) + table.sum(1) - both
+    return (both / either)[either > 0].mean().item() if either.any() else 0.0
 
 # %% ../../nbs/14a_voc.ipynb #e26b62dc
-CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
-           "pottedplant", "sheep", "sofa", "train", "tvmonitor")  # number 1 to 20; 0 is the background
+CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)  # number 1 to 20; 0 is the background
+
 
 def _stages(backbone):
     "Names of the residual stages and the channels each gives; a network without them is a ValueError"
-    names = [n for n, _ in backbone.named_children() if n in ("layer1", "layer2", "layer3", "layer4")]
+    names = [
+        n for n, _ in backbone.named_children() if n in ("layer1", "layer2", "layer3", "layer4")
+    ]
     first = getattr(backbone, "conv1", None)
-    if len(names) < 3 or not isinstance(first, nn.Conv2d): raise ValueError(f"{type(backbone).__name__} is no ResNet with conv1, layer1, layer2, ...: build the backbone with models.resnets.resnet")
-    if first.in_channels != 3: raise ValueError(f"the backbone takes {first.in_channels}-channel pictures, Pascal VOC has 3: build it with in_channels=3")
+    if len(names) < 3 or not isinstance(first, nn.Conv2d):
+        raise ValueError(
+            f"{type(backbone).__name__} is no ResNet with conv1, layer1, layer2, ...: build the backbone with models.resnets.resnet"
+        )
+    if first.in_channels != 3:
+        raise ValueError(
+            f"the backbone takes {first.in_channels}-channel pictures, Pascal VOC has 3: build it with in_channels=3"
+        )
     last = [backbone.get_submodule(n)[-1] for n in names]
     return names, [getattr(o, "conv3", o.conv2).out_channels for o in last]
 
+
 def _finished(network, backbone, kind, body, heads):
     "Say what is head, where the backbone is, and what the whole is called"
-    network.head_names, network.backbone_name, network.name = heads, body, f"{kind}({getattr(backbone, 'name', type(backbone).__name__)})"
+    network.head_names, network.backbone_name, network.name = (
+        heads,
+        body,
+        f"{kind}({getattr(backbone, 'name', type(backbone).__name__)})",
+    )
     return network.to(next(backbone.parameters()).device)
 
 # %% ../../nbs/14a_voc.ipynb #1c23711f
@@ -127,13 +186,28 @@ def detector(
     **options,  # further arguments of torchvision's FasterRCNN
 ) -> FasterRCNN:  # (list of pictures, targets) -> dict of losses in training, (list of pictures) -> list of dicts in test
     "Faster R-CNN on all stages of the backbone, which it keeps under backbone.body"
-    names, channels = _stages(backbone); numbers = [str(i) for i in range(len(names))]
-    anchors = tuple((max(1, round(.64 * size / 2**(len(names) - k))),) for k in range(len(names) + 1))
+    names, channels = _stages(backbone)
+    numbers = [str(i) for i in range(len(names))]
+    anchors = tuple(
+        (max(1, round(0.64 * size / 2 ** (len(names) - k))),) for k in range(len(names) + 1)
+    )
     with seeded(seed, "head"):
-        pyramid = BackboneWithFPN(copy.deepcopy(backbone), dict(zip(names, numbers)), channels, width)
-        pool = MultiScaleRoIAlign(numbers, 7, 2, canonical_scale=max(1, round(.28 * size)))
-        network = FasterRCNN(pyramid, classes + 1, min_size=size, max_size=size, rpn_anchor_generator=AnchorGenerator(anchors, ((.5, 1., 2.),) * len(anchors)), box_roi_pool=pool, **options)
-    return _finished(network, backbone, "faster_rcnn", "backbone.body", ("backbone.fpn", "rpn", "roi_heads"))
+        pyramid = BackboneWithFPN(
+            copy.deepcopy(backbone), dict(zip(names, numbers)), channels, width
+        )
+        pool = MultiScaleRoIAlign(numbers, 7, 2, canonical_scale=max(1, round(0.28 * size)))
+        network = FasterRCNN(
+            pyramid,
+            classes + 1,
+            min_size=size,
+            max_size=size,
+            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
+            box_roi_pool=pool,
+            **options,
+        )
+    return _finished(
+        network, backbone, "faster_rcnn", "backbone.body", ("backbone.fpn", "rpn", "roi_heads")
+    )
 
 # %% ../../nbs/14a_voc.ipynb #5e450e70
 def _dilate(stage, before, after):
@@ -142,7 +216,9 @@ def _dilate(stage, before, after):
         d = before if i == 0 else after
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
             conv.stride = (1, 1)
-            if conv.kernel_size == (3, 3): conv.dilation = conv.padding = (d, d)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (d, d)
+
 
 def segmenter(
     backbone: nn.Module,  # a ResNet of `models.resnets`, for 3 channels; it is copied
@@ -150,9 +226,15 @@ def segmenter(
     seed: int = 0,  # the run's seed: it draws what is added
 ) -> DeepLabV3:  # [n, 3, h, w] -> {"out": [n, classes + 1, h, w] logits}; in training it needs two pictures or more
     "DeepLabV3 on the backbone, which it keeps under backbone"
-    names, channels = _stages(backbone); body = copy.deepcopy(backbone)
-    for i, name in enumerate(names[2:] if len(names) == 4 else ()): _dilate(body.get_submodule(name), 2**i, 2**(i + 1))
-    with seeded(seed, "head"): network = DeepLabV3(IntermediateLayerGetter(body, {names[-1]: "out"}), DeepLabHead(channels[-1], classes + 1))
+    names, channels = _stages(backbone)
+    body = copy.deepcopy(backbone)
+    for i, name in enumerate(names[2:] if len(names) == 4 else ()):
+        _dilate(body.get_submodule(name), 2**i, 2 ** (i + 1))
+    with seeded(seed, "head"):
+        network = DeepLabV3(
+            IntermediateLayerGetter(body, {names[-1]: "out"}),
+            DeepLabHead(channels[-1], classes + 1),
+        )
     return _finished(network, backbone, "deeplabv3", "backbone", ("classifier",))
 
 # %% ../../nbs/14a_voc.ipynb #04ca8aff
@@ -164,89 +246,163 @@ def moved(
     place, have = network.backbone_name + ".", network.state_dict()
     parts = {k.removeprefix(place).split(".")[0] for k in have if k.startswith(place)}
     deep = [k for k in ticket.weights if place + k not in have and k.split(".")[0] in parts]
-    if deep: raise ValueError(f"this ticket ({ticket.about.get('model', 'no model named')}) does not fit {network.name}, which has no {', '.join(deep[:3])}: build the detector or segmenter on the ticket's own kind of network")
+    if deep:
+        raise ValueError(
+            f"this ticket ({ticket.about.get('model', 'no model named')}) does not fit {network.name}, which has no {', '.join(deep[:3])}: build the detector or segmenter on the ticket's own kind of network"
+        )
     under = lambda tensors: {place + k: t for k, t in tensors.items() if place + k in have}
-    return replace(ticket, weights=under(ticket.weights), history=replace(ticket.history, died=under(ticket.history.died)))
+    return replace(
+        ticket,
+        weights=under(ticket.weights),
+        history=replace(ticket.history, died=under(ticket.history.died)),
+    )
 
 # %% ../../nbs/14a_voc.ipynb #cc9ffa73
 def boxes(
     path,  # an annotation file of Pascal VOC
 ) -> torch.Tensor:  # [m, 6] float32: class (1 to 20), difficult (0 or 1), x1, y1, x2, y2 as fractions of width and height
     "The things in an annotation; an unknown class, a box that is none and a file that is none are ValueErrors that name the file"
-    numbers, number = {name: i for i, name in enumerate(CLASSES, 1)}, lambda node, tag: float(node.find(tag).text)
+    numbers, number = (
+        {name: i for i, name in enumerate(CLASSES, 1)},
+        lambda node, tag: float(node.find(tag).text),
+    )
     try:
-        root = ElementTree.parse(path).getroot(); w, h = (number(root.find("size"), o) for o in ("width", "height"))
-        things = [(o.find("name").text.strip(), number(o, "difficult") if o.find("difficult") is not None else 0., *(number(o.find("bndbox"), t) for t in ("xmin", "ymin", "xmax", "ymax"))) for o in root.iter("object")]
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as e: raise ValueError(f"{path} is no annotation of Pascal VOC ({type(e).__name__}: {e}). Unpack it again") from e
+        root = ElementTree.parse(path).getroot()
+        w, h = (number(root.find("size"), o) for o in ("width", "height"))
+        things = [
+            (
+                o.find("name").text.strip(),
+                number(o, "difficult") if o.find("difficult") is not None else 0.0,
+                *(number(o.find("bndbox"), t) for t in ("xmin", "ymin", "xmax", "ymax")),
+            )
+            for o in root.iter("object")
+        ]
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"{path} is no annotation of Pascal VOC ({type(e).__name__}: {e}). Unpack it again"
+        ) from e
     for name, _, x1, y1, x2, y2 in things:
-        if not (1 <= x1 <= x2 <= w and 1 <= y1 <= y2 <= h): raise ValueError(f"{path}: the box ({x1:g}, {y1:g}) - ({x2:g}, {y2:g}) of {name!r} does not lie in the picture of {w:g} x {h:g} pixels")
-    rows = [(lookup(name, numbers, f"class in {path}:"), d, (x1 - 1) / w, (y1 - 1) / h, x2 / w, y2 / h) for name, d, x1, y1, x2, y2 in things]
+        if not (1 <= x1 <= x2 <= w and 1 <= y1 <= y2 <= h):
+            raise ValueError(
+                f"{path}: the box ({x1:g}, {y1:g}) - ({x2:g}, {y2:g}) of {name!r} does not lie in the picture of {w:g} x {h:g} pixels"
+            )
+    rows = [
+        (lookup(name, numbers, f"class in {path}:"), d, (x1 - 1) / w, (y1 - 1) / h, x2 / w, y2 / h)
+        for name, d, x1, y1, x2, y2 in things
+    ]
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
 
 # %% ../../nbs/14a_voc.ipynb #c94a1524
 @dataclass
 class _Found(Dataset):
     "Pictures [3, size, size] in [0, 1] and their things [most, 6] in pixels, filled up with zeros; half of them mirrored if `flip`"
+
     paths: list
     things: torch.Tensor
     size: int
     flip: bool = False
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
+
     def __getitem__(self, i):
-        x, y = TF.to_tensor(TF.resize(opened(self.paths[i]), [self.size] * 2)), self.things[i].clone()
-        if self.flip and torch.rand(()) < .5:
-            x = x.flip(2); y[:, [2, 4]] = torch.where(y[:, :1] > 0, 1 - y[:, [4, 2]], 0.)
+        x, y = (
+            TF.to_tensor(TF.resize(opened(self.paths[i]), [self.size] * 2)),
+            self.things[i].clone(),
+        )
+        if self.flip and torch.rand(()) < 0.5:
+            x = x.flip(2)
+            y[:, [2, 4]] = torch.where(y[:, :1] > 0, 1 - y[:, [4, 2]], 0.0)
         y[:, 2:] *= self.size
         return x, y
 
+
 def _outline(path, size):
     "The class of every pixel; a file that is no mask is a ValueError that names it"
-    try: mask = np.array(Image.open(path))
-    except Exception as e: raise OSError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}). Unpack it again") from e
+    try:
+        mask = np.array(Image.open(path))
+    except Exception as e:
+        raise OSError(
+            f"{path} cannot be read as a picture ({type(e).__name__}: {e}). Unpack it again"
+        ) from e
     if mask.shape != size[::-1] or ((mask > len(CLASSES)) & (mask != 255)).any():
-        raise ValueError(f"{path} is no mask of its picture: it has shape {mask.shape} and values to {mask.max()}; wanted are {size[::-1]}, and classes 0 to {len(CLASSES)} or 255")
+        raise ValueError(
+            f"{path} is no mask of its picture: it has shape {mask.shape} and values to {mask.max()}; wanted are {size[::-1]}, and classes 0 to {len(CLASSES)} or 255"
+        )
     return Image.fromarray(mask.astype(np.uint8))
 
 # %% ../../nbs/14a_voc.ipynb #149e54cb
 @dataclass
 class _Outlined(Dataset):
     "Standardised pictures [3, size, size] and the class of each pixel [size, size]; random parts of them, half of them mirrored, if `area` is given"
+
     paths: list
     masks: list
     size: int
     area: tuple | None = None
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
+
     def __getitem__(self, i):
-        x = opened(self.paths[i]); y, to = _outline(self.masks[i], x.size), [self.size] * 2
-        window = RandomResizedCrop.get_params(x, self.area, (3 / 4, 4 / 3)) if self.area else (0, 0, *x.size[::-1])
-        x, y = TF.resized_crop(x, *window, to), TF.resized_crop(y, *window, to, TF.InterpolationMode.NEAREST)
-        if self.area and torch.rand(()) < .5: x, y = TF.hflip(x), TF.hflip(y)
+        x = opened(self.paths[i])
+        y, to = _outline(self.masks[i], x.size), [self.size] * 2
+        window = (
+            RandomResizedCrop.get_params(x, self.area, (3 / 4, 4 / 3))
+            if self.area
+            else (0, 0, *x.size[::-1])
+        )
+        x, y = (
+            TF.resized_crop(x, *window, to),
+            TF.resized_crop(y, *window, to, TF.InterpolationMode.NEAREST),
+        )
+        if self.area and torch.rand(()) < 0.5:
+            x, y = TF.hflip(x), TF.hflip(y)
         return TF.normalize(TF.to_tensor(x), _MEAN, _STD), torch.from_numpy(np.array(y)).long()
 
 # %% ../../nbs/14a_voc.ipynb #bfc5b509
 def _part(dataset, name, root, part, download):
     "Paths of the pictures and of the annotations of one part, like '2012/train'"
-    year, _, which = part.partition("/"); known = datasets.voc.DATASET_YEAR_DICT
+    year, _, which = part.partition("/")
+    known = datasets.voc.DATASET_YEAR_DICT
     facts = lookup("2007-test" if part == "2007/test" else year, known, "year of Pascal VOC")
-    folder = root / facts["base_dir"]; ask = f"voc_task({name!r}, root={str(root)!r}, download=True)"
+    folder = root / facts["base_dir"]
+    ask = f"voc_task({name!r}, root={str(root)!r}, download=True)"
     listed = folder / "ImageSets" / dataset._SPLITS_DIR / f"{which}.txt"
     if not listed.is_file() and not download:
-        raise FileNotFoundError(f"{part} of task {name!r} was not found: there is no {listed}. Set `root` (now {str(root)!r}) to the folder that holds VOCdevkit, "
-                                f"or ask for the download of {facts['filename']}: {ask}")
-    try: found = dataset(root, year, which, download=not listed.is_file())
-    except ValueError: raise ValueError(f"Pascal VOC {year} has no part {which!r}: take train, val or trainval (2007 also test)") from None
-    except Exception as e: raise OSError(f"{part} of task {name!r} could not be downloaded to {root}: {e}. Without network, unpack {facts['filename']} ({facts['url']}) there") from e
+        raise FileNotFoundError(
+            f"{part} of task {name!r} was not found: there is no {listed}. Set `root` (now {str(root)!r}) to the folder that holds VOCdevkit, "
+            f"or ask for the download of {facts['filename']}: {ask}"
+        )
+    try:
+        found = dataset(root, year, which, download=not listed.is_file())
+    except ValueError:
+        raise ValueError(
+            f"Pascal VOC {year} has no part {which!r}: take train, val or trainval (2007 also test)"
+        ) from None
+    except Exception as e:
+        raise OSError(
+            f"{part} of task {name!r} could not be downloaded to {root}: {e}. Without network, unpack {facts['filename']} ({facts['url']}) there"
+        ) from e
     return found.images, found.targets
+
 
 def _parts(dataset, name, root, parts, n, download):
     "Paths of all pictures and annotations of parts joined with '+'; `n` of them, drawn once and for all"
-    images, targets = (sum(o, []) for o in zip(*(_part(dataset, name, root, o.strip(), download) for o in parts.split("+"))))
+    images, targets = (
+        sum(o, [])
+        for o in zip(*(_part(dataset, name, root, o.strip(), download) for o in parts.split("+")))
+    )
     for paths, what in ((images, "picture"), (targets, "annotation")):
         lost = [(i, p) for i, p in enumerate(paths) if not Path(p).is_file()]
-        if lost: raise FileNotFoundError(f"{len(lost)} of {len(paths)} {what}s of {parts} are missing, the first is {lost[0][1]}, for {Path(images[lost[0][0]]).name}. Unpack the archive again, or take the name out of the list in ImageSets")
-    if n is not None and not 1 <= n <= len(images): raise ValueError(f"{parts} of task {name!r} has {len(images)} pictures, not {n}: give a number from 1 to {len(images)}, or None for all")
+        if lost:
+            raise FileNotFoundError(
+                f"{len(lost)} of {len(paths)} {what}s of {parts} are missing, the first is {lost[0][1]}, for {Path(images[lost[0][0]]).name}. Unpack the archive again, or take the name out of the list in ImageSets"
+            )
+    if n is not None and not 1 <= n <= len(images):
+        raise ValueError(
+            f"{parts} of task {name!r} has {len(images)} pictures, not {n}: give a number from 1 to {len(images)}, or None for all"
+        )
     keep = sorted(torch.randperm(len(images), generator=generator(0, "voc subset")).tolist()[:n])
     return [images[i] for i in keep], [targets[i] for i in keep]
 
@@ -255,22 +411,35 @@ def _detection_loss(network, batch):
     "The sum of Faster R-CNN's four losses"
     clear = [t[(t[:, 0] > 0) & (t[:, 1] == 0)] for t in batch[1]]
     with torch.autocast(batch[0].device.type, enabled=False):
-        return sum(network(list(batch[0]), [dict(boxes=t[:, 2:], labels=t[:, 0].long()) for t in clear]).values())
+        return sum(
+            network(
+                list(batch[0]), [dict(boxes=t[:, 2:], labels=t[:, 0].long()) for t in clear]
+            ).values()
+        )
+
 
 def _asked(network, batch):
     "The loss in test mode"
     parts = network, network.rpn, network.roi_heads
-    for m in parts: m.training = True
-    try: return _detection_loss(network, batch)
+    for m in parts:
+        m.training = True
+    try:
+        return _detection_loss(network, batch)
     finally:
-        for m in parts: m.training = False
+        for m in parts:
+            m.training = False
+
 
 def _judge_detection(task, network, points):
     "Test loss and mean average precision"
-    total, n, answers, truths = 0., 0, [], []
+    total, n, answers, truths = 0.0, 0, [], []
     for x, y in task.data.test(8):
         total, n = total + len(x) * _asked(network, (x, y)).item(), n + len(x)
-        with torch.autocast(x.device.type, enabled=False): answers += [torch.cat([o["labels"][:, None], o["scores"][:, None], o["boxes"]], 1).float().cpu() for o in network(list(x))]
+        with torch.autocast(x.device.type, enabled=False):
+            answers += [
+                torch.cat([o["labels"][:, None], o["scores"][:, None], o["boxes"]], 1).float().cpu()
+                for o in network(list(x))
+            ]
         truths += [t[t[:, 0] > 0].cpu() for t in y]
     table = mean_average_precision(answers, truths, points=points)
     return {"loss": total / n, "map50": sum(table.values()) / max(1, len(table))}
@@ -281,21 +450,53 @@ def _segmentation_loss(network, batch):
     output, known = network(batch[0])["out"].float(), (batch[1] != 255).sum()
     return F.cross_entropy(output, batch[1], ignore_index=255, reduction="sum") / known.clamp(min=1)
 
+
 def _judge_segmentation(task, network):
     "Test loss per known pixel and mean intersection over union"
-    table, total, n = 0, 0., 0
+    table, total, n = 0, 0.0, 0
     for x, y in task.data.test(8):
         output = network(x)["out"].float()
-        total, n = total + F.cross_entropy(output, y, ignore_index=255, reduction="sum").item(), n + (y != 255).sum().item()
+        total, n = (
+            total + F.cross_entropy(output, y, ignore_index=255, reduction="sum").item(),
+            n + (y != 255).sum().item(),
+        )
         table = table + confusion(output.argmax(1), y, output.shape[1]).cpu()
     return {"loss": total / max(1, n), "mean_iou": mean_iou(table)}
 
 # %% ../../nbs/14a_voc.ipynb #25bd9342
 _ARCHIVE = (("VOCtrainval_11-May-2012.tar", 1999639040),)
 VOC = {
-    "voc_detection": Source("Pascal VOC 2012, boxes", "scenes", "folder", 5717, 5823, 20, 416, "flip", ("VOCdevkit/VOC2012",), channels=3, archives=_ARCHIVE, url="https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/"),
-    "voc_segmentation": Source("Pascal VOC 2012, outlines", "scenes", "folder", 1464, 1449, 21, 513, "resized_crop, flip", ("VOCdevkit/VOC2012",), channels=3, archives=_ARCHIVE, area=(.25, 1.), url="https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/"),
+    "voc_detection": Source(
+        "Pascal VOC 2012, boxes",
+        "scenes",
+        "folder",
+        5717,
+        5823,
+        20,
+        416,
+        "flip",
+        ("VOCdevkit/VOC2012",),
+        channels=3,
+        archives=_ARCHIVE,
+        url="https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    ),
+    "voc_segmentation": Source(
+        "Pascal VOC 2012, outlines",
+        "scenes",
+        "folder",
+        1464,
+        1449,
+        21,
+        513,
+        "resized_crop, flip",
+        ("VOCdevkit/VOC2012",),
+        channels=3,
+        archives=_ARCHIVE,
+        area=(0.25, 1.0),
+        url="https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    ),
 }  # name -> Source; numbers are those of the default parts, sizes those of CV_LTH
+
 
 def _boxed(paths, n):
     "Things of all pictures [pictures, most, 6], filled up with zeros, at least `n` rows"
@@ -308,7 +509,8 @@ def voc_task(
     name: str,  # "voc_detection" or "voc_segmentation"
     train: str = "2012/train",  # parts to train on, e.g. "2007/trainval+2012/trainval"
     test: str = "2012/val",  # parts to test on, e.g. "2007/test"
-    size: int | None = None,  # height and width to which pictures are scaled, pixels; None for the original study's
+    size: int  # height and width to which pictures are scaled, pixels; None for the original study's
+    | None = None,  # height and width to which pictures are scaled, pixels; None for the original study's
     n_train: int | None = None,  # training pictures, a fixed random subset; None for all
     n_test: int | None = None,  # test pictures, likewise
     points: str = "all",  # how precision is averaged, as in `average_precision`
@@ -320,18 +522,52 @@ def voc_task(
     **options,  # further arguments of torchvision's FasterRCNN, for detection
 ) -> Task:  # `task.network(backbone)` is what is trained; missing files, unknown classes and pictures without annotation are errors
     "Pascal VOC as a task for a ResNet backbone"
-    source, root = lookup(name, VOC, "task"), Path(root).expanduser().resolve(); size = size or source.size
+    source, root = lookup(name, VOC, "task"), Path(root).expanduser().resolve()
+    size = size or source.size
     lookup(points, dict.fromkeys(("all", "11")), "way to average precision")
     kind = datasets.VOCDetection if name == "voc_detection" else datasets.VOCSegmentation
-    (x, y), (x_test, y_test) = (_parts(kind, name, root, o, n, download) for o, n in ((train, n_train), (test, n_test)))
+    (x, y), (x_test, y_test) = (
+        _parts(kind, name, root, o, n, download) for o, n in ((train, n_train), (test, n_test))
+    )
     if name == "voc_detection":
-        data = Streamed(_Found(x, _boxed(y, 1), size, True), _Found(x_test, _boxed(y_test, 1), size), workers=workers)
-        how = dict(objective=_detection_loss, wrap=partial(detector, size=size, width=width, seed=seed, **options), judge=partial(_judge_detection, points=points), metrics={"map50": None})
+        data = Streamed(
+            _Found(x, _boxed(y, 1), size, True),
+            _Found(x_test, _boxed(y_test, 1), size),
+            workers=workers,
+        )
+        how = dict(
+            objective=_detection_loss,
+            wrap=partial(detector, size=size, width=width, seed=seed, **options),
+            judge=partial(_judge_detection, points=points),
+            metrics={"map50": None},
+        )
     else:
-        if options: raise ValueError(f"{name} takes no {', '.join(options)}: these are options of the detector")
-        data = Streamed(_Outlined(x, y, size, source.area), _Outlined(x_test, y_test, size), workers=workers)
-        how = dict(objective=_segmentation_loss, wrap=partial(segmenter, seed=seed), judge=_judge_segmentation, metrics={"mean_iou": None})
+        if options:
+            raise ValueError(
+                f"{name} takes no {', '.join(options)}: these are options of the detector"
+            )
+        data = Streamed(
+            _Outlined(x, y, size, source.area), _Outlined(x_test, y_test, size), workers=workers
+        )
+        how = dict(
+            objective=_segmentation_loss,
+            wrap=partial(segmenter, seed=seed),
+            judge=_judge_segmentation,
+            metrics={"mean_iou": None},
+        )
     names = "\n".join(Path(o).relative_to(root).as_posix() for o in x + x_test)
-    about = dict(family=source.family, kind=source.kind, source=source.text.replace(" 2012", ""), split=f"{train} / {test}", options=options, n_train=len(x), n_test=len(x_test), size=size, augment=source.augment,
-                 points=points if name == "voc_detection" else None, labels=list(CLASSES), fingerprint=hashlib.sha256(names.encode()).hexdigest()[:16])
+    about = dict(
+        family=source.family,
+        kind=source.kind,
+        source=source.text.replace(" 2012", ""),
+        split=f"{train} / {test}",
+        options=options,
+        n_train=len(x),
+        n_test=len(x_test),
+        size=size,
+        augment=source.augment,
+        points=points if name == "voc_detection" else None,
+        labels=list(CLASSES),
+        fingerprint=hashlib.sha256(names.encode()).hexdigest()[:16],
+    )
     return Task(name, data, classes=source.classes, shape=(3, size, size), about=about, **how)

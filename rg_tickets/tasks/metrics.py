@@ -80,6 +80,12 @@ class Accuracy:
         self.axis, self.ignore_index = axis, ignore_index
         self.reset()
 
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> float:
+        "The accuracy of one batch by itself"
+        counted = Accuracy(self.axis, self.ignore_index)
+        counted.update(output, target)
+        return counted.compute()
+
     def reset(self):
         "Forget all batches"
         self.hits, self.count = {1: 0, -1: 0}, 0  # hits for each place where the classes may be
@@ -131,9 +137,7 @@ def accuracy(
     ignore_index: int = -100,  # targets that do not count
 ) -> float:  # fraction of correct first choices, in [0, 1]
     "How often the largest logit is the right one"
-    counted = Accuracy(axis, ignore_index)
-    counted.update(output, target)
-    return counted.compute()
+    return Accuracy(axis, ignore_index)(output, target)
 
 
 accuracy.stream = Accuracy  # what `evaluate` uses in its place, so that no outputs are kept

@@ -577,6 +577,16 @@ class _OneBatch:
         yield from itertools.islice(self.data.test(min(self.size, batch_size or self.size)), 1)
 
 
+def _explain_call(task, batch):
+    "How the network is called, for an error that may come from that"
+    args, kwargs = task.inputs(batch)
+    called = [*map(describe_batch, args), *(f"{k}={describe_batch(v)}" for k, v in kwargs.items())]
+    return (
+        f", and the network is called as network({', '.join(called)}). If it wants other arguments, "
+        "give the task split=f, with f(batch) -> (args, kwargs, targets)"
+    )
+
+
 @contextmanager
 def _explained(task, what, batch):
     "An error within the block, with the task's name, what was tried, and on what"
@@ -585,9 +595,11 @@ def _explained(task, what, batch):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
+        call = isinstance(e, TypeError) and not task.objective
         raise ValueError(
             f"task {task.name!r} cannot be trained as it is: {what} failed with {type(e).__name__}: "
-            f"{e}. The batch is {describe_batch(batch)}"
+            f"{str(e).rstrip('.')}. The batch is {describe_batch(batch)}"
+            + (_explain_call(task, batch) if call else "")
         ) from e
 
 

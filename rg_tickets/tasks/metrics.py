@@ -196,6 +196,14 @@ def _samples(output, target):
     return 1
 
 
+def _explain_shapes(output, target):
+    return ValueError(
+        f"outputs {list(output.shape)} and targets {list(target.shape)} differ in shape, so the loss "
+        "would compare every output with every target: give both one shape, with "
+        "targets.unsqueeze(1) or a network that squeezes its outputs"
+    )
+
+
 def loss_weight(
     loss,  # a function, a partial of one, or a module
     output,  # of the network
@@ -208,6 +216,8 @@ def loss_weight(
     if _is_one_of(function, _BY_CLASS):
         return _class_weight(options, output, target)
     if _is_one_of(function, _BY_NUMBER) and options.get("reduction", "mean") == "mean":
+        if torch.is_tensor(target) and target.shape != output.shape:
+            raise _explain_shapes(output, target)
         return output.numel()
     counted = torch.is_tensor(target) and not target.is_floating_point() and target.dim()
     return (target != -100).sum().item() if counted else _samples(output, target)

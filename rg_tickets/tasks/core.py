@@ -91,6 +91,7 @@ class Resident:
             self.x.device
         )
         draws = generator(seed, "augment", epoch)
+        seed_generators(own_generators(augment=self.augment), seed, "augment", epoch)
         for i in range(self.steps(batch_size)):
             idx = order[i * batch_size : (i + 1) * batch_size]
             x = self.x[idx]
@@ -401,10 +402,10 @@ class Task:
         facts["metrics"] = {k: describe(f) for k, f in self.metrics.items()}
         with seeded(0, "test"):
             facts["batch"] = describe_batch(next(iter(self.data.test())), sizes=False)
-        if "fingerprint" in self.about:
-            return facts | dict(data=self.about)
-        told = getattr(self.data, "fingerprint", None)
-        return facts | dict(data=self.about | (told() if told else self._first_batch()))
+        if "fingerprint" in self.about and not isinstance(self.data, Resident):
+            return facts | dict(about=self.about)
+        told = getattr(self.data, "fingerprint", self._first_batch)
+        return facts | dict(about=self.about, data=told())
 
     def _first_batch(self):
         "Facts about data of an unknown class"
@@ -456,8 +457,9 @@ class _Scores:
                 "outputs with: leave metrics out, or give judge=f(task, network) -> scores"
             )
         for k, counter in self.counters.items():
+            shifted = isinstance(counter, Accuracy) and self.rule == "next label"
             with _naming(k):
-                counter.update(output, target)
+                counter.update(*((output[:, :-1], target[:, 1:]) if shifted else (output, target)))
 
     def _weight(self, value, output, target):
         "What the loss of a batch is a mean over"
@@ -577,6 +579,16 @@ class _OneBatch:
         yield from itertools.islice(self.data.test(min(self.size, batch_size or self.size)), 1)
 
 
+def _explain_call(task, batch):
+    "How the network is called, for an error that may come from that"
+    args, kwargs = task.inputs(batch)
+    called = [*map(describe_batch, args), *(f"{k}={describe_batch(v)}" for k, v in kwargs.items())]
+    return (
+        f", and the network is called as network({', '.join(called)}). If it wants other arguments, "
+        "give the task split=f, with f(batch) -> (args, kwargs, targets)"
+    )
+
+
 @contextmanager
 def _explained(task, what, batch):
     "An error within the block, with the task's name, what was tried, and on what"
@@ -585,9 +597,11 @@ def _explained(task, what, batch):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
+        call = isinstance(e, TypeError) and not task.objective
         raise ValueError(
             f"task {task.name!r} cannot be trained as it is: {what} failed with {type(e).__name__}: "
-            f"{e}. The batch is {describe_batch(batch)}"
+            f"{str(e).rstrip('.')}. The batch is {describe_batch(batch)}"
+            + (_explain_call(task, batch) if call else "")
         ) from e
 
 
@@ -655,6 +669,12 @@ def check_task(
 ) -> None:
     "Try one training batch and one test batch, and raise a ValueError that says what does not fit"
     data = task.data.to(_device(network))
+    lazy = [k for k, p in network.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]} has no shape yet, as it belongs to a lazy module: call the network once on a "
+            "batch before the run"
+        )
 
     def read(make, *names):
         with seeded(seed, *names):

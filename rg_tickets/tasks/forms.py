@@ -169,8 +169,9 @@ def _one_target(batch, names):
 
 def _samples(batch):
     "Is this a list of samples that nothing has put together"
+    kind = lambda v: (type(v), getattr(v, "ndim", None), getattr(v, "dtype", None))
     pairs = isinstance(batch, list) and all(type(o) is tuple and len(o) > 1 for o in batch)
-    mixed = pairs and any(len({type(v) for v in o}) > 1 for o in batch)
+    mixed = pairs and all(len({kind(v) for v in o}) > 1 for o in batch)
     return mixed or all(isinstance(o, Mapping) and {*TARGETS} & {*o} for o in batch)
 
 

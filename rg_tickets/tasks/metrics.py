@@ -88,7 +88,7 @@ class Accuracy:
 
     def reset(self):
         "Forget all batches"
-        self.hits, self.count = {1: 0, -1: 0}, 0  # hits for each place where the classes may be
+        self._hits, self._count = {1: 0, -1: 0}, 0  # hits for each place where the classes may be
 
     def update(self, output: torch.Tensor, target: torch.Tensor):
         "Count a batch"
@@ -99,11 +99,11 @@ class Accuracy:
         axes = class_axes(output, target)
         both = axes == (1,) and output.dim() == 2
         fits = {1, -1} if both else {1 if a == 1 else -1 for a in axes}
-        fits &= self.hits.keys() & ({self.axis} if self.axis else {1, -1})
+        fits &= self._hits.keys() & ({self.axis} if self.axis else {1, -1})
         if not fits:
             raise _explain_axis(output, target, self._why(axes))
-        self.hits = {a: h for a, h in self.hits.items() if a in fits}
-        self._count(output, target)
+        self._hits = {a: h for a, h in self._hits.items() if a in fits}
+        self._add(output, target)
 
     def _why(self, axes):
         "Why a batch fits none of the axes that are left"
@@ -112,22 +112,22 @@ class Accuracy:
         told = f"axis={self.axis}" if self.axis else "the batches before"
         return f"the classes would lie on another axis than {told} said"
 
-    def _count(self, output, target):
+    def _add(self, output, target):
         "Add a batch's hits"
         counts = target != self.ignore_index
-        for a in self.hits:
+        for a in self._hits:
             _check_classes(output, target, output.shape[a], self.ignore_index)
-            self.hits[a] += ((output.argmax(a) == target) & counts).sum().item()
-        self.count += counts.sum().item()
+            self._hits[a] += ((output.argmax(a) == target) & counts).sum().item()
+        self._count += counts.sum().item()
 
     def compute(self) -> float:
         "The fraction of targets that are met, nan if none counts"
-        if len(set(self.hits.values())) > 1:
+        if len(set(self._hits.values())) > 1:
             raise ValueError(
                 "accuracy cannot tell the classes: outputs [n, C, C] with targets [n, C] fit both "
                 "[n, C, ...] and [n, ..., C]. Say which: Accuracy(axis=1) or Accuracy(axis=-1)"
             )
-        return next(iter(self.hits.values())) / self.count if self.count else math.nan
+        return next(iter(self._hits.values())) / self._count if self._count else math.nan
 
 
 def accuracy(
@@ -196,6 +196,14 @@ def _samples(output, target):
     return 1
 
 
+def _explain_shapes(output, target):
+    return ValueError(
+        f"outputs {list(output.shape)} and targets {list(target.shape)} differ in shape, so the loss "
+        "would compare every output with every target: give both one shape, with "
+        "targets.unsqueeze(1) or a network that squeezes its outputs"
+    )
+
+
 def loss_weight(
     loss,  # a function, a partial of one, or a module
     output,  # of the network
@@ -208,6 +216,8 @@ def loss_weight(
     if _is_one_of(function, _BY_CLASS):
         return _class_weight(options, output, target)
     if _is_one_of(function, _BY_NUMBER) and options.get("reduction", "mean") == "mean":
+        if torch.is_tensor(target) and target.shape != output.shape:
+            raise _explain_shapes(output, target)
         return output.numel()
     counted = torch.is_tensor(target) and not target.is_floating_point() and target.dim()
     return (target != -100).sum().item() if counted else _samples(output, target)

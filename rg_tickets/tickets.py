@@ -8,7 +8,7 @@ __all__ = ['MAX_HEADER', 'MAX_VALUES', 'MAX_TENSORS', 'FLOATS', 'SPARSE', 'diges
            'to_state_dict', 'to_sparse', 'to_torch_prune', 'save_trained', 'load_trained']
 
 # %% ../nbs/21_tickets.ipynb #c57b31c2
-import errno, hashlib, json, math, os, re, weakref
+import errno, hashlib, json, os, re, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -365,8 +365,8 @@ def _wrong_facts(ticket):
         yield "its rounds are not a list of objects"
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         yield f"its threshold is {_some([threshold])}, not a number"
-    elif not abs(threshold) < math.inf:
-        yield f"its threshold is {threshold}, and a magnitude is finite"
+    elif not abs(threshold) <= torch.finfo(torch.float64).max:
+        yield f"its threshold is {_some([threshold])}, and a magnitude is finite"
     if not isinstance(about, dict):
         yield f"`about` is {_some([about])}, not an object"
         return

@@ -1,9 +1,10 @@
 "Tickets of tied, shared and wrapped networks; masks that hold in any loop; the ways out"
 
-import copy, io
+import copy, io, json, multiprocessing, os, time
 import pytest
 import torch
 import torch.nn.functional as F
+from damage import FORGED, forge, forge_header, forge_list, read_forged
 from torch import nn
 from torch.nn.utils import parametrize, prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
@@ -20,8 +21,10 @@ from rg_tickets.tickets import (
     fit_to,
     fits,
     hold,
+    load_tensors,
     load_trained,
     release,
+    save_tensors,
     save_trained,
     to_sparse,
     to_state_dict,
@@ -780,18 +783,23 @@ def test_torchs_own_format_and_back(build):
 
 
 def test_onnx(tmp_path):
-    pytest.importorskip("onnx")
+    "The file has the zeros of the mask and computes what the network does"
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    import onnx
+    from onnx.reference import ReferenceEvaluator
 
     net = make(0, lambda: resnet("cifar_resnet8", width=4, in_channels=1))
-    ticket, x = pruned(net), torch.randn(2, 1, 8, 8)
-    torch.onnx.export(release(hold(apply(ticket, net), ticket)).eval(), (x,), tmp_path / "t.onnx")
-    stored = onnx.load(tmp_path / "t.onnx").graph.initializer
-    stored = {o.name: torch.tensor(onnx.numpy_helper.to_array(o)) for o in stored}
-    dense = to_state_dict(ticket)
-    found = [k for k in ticket.history.died if k in stored]
-    assert found and all(torch.equal(stored[k], dense[k]) for k in found)
+    ticket, x, path = pruned(net), torch.randn(2, 1, 8, 8), tmp_path / "t.onnx"
+    network = release(hold(apply(ticket, net), ticket)).eval()
+    torch.onnx.export(network, (x,), path)
+    stored = {o.name: onnx.numpy_helper.to_array(o) for o in onnx.load(path).graph.initializer}
+    found = [k for k in ticket.history.died if k in stored]  # batch norms are folded into them
+    assert len(found) > 5
+    for k in found:
+        assert torch.equal(torch.tensor(stored[k]) != 0, ticket.history.mask()[k])
+    name = onnx.load(path).graph.input[0].name
+    (out,) = ReferenceEvaluator(str(path)).run(None, {name: x.numpy()})
+    assert torch.allclose(torch.tensor(out), network(x), atol=1e-4)
 
 
 def test_a_trained_network_is_kept_and_comes_back(tmp_path):
@@ -825,3 +833,134 @@ def test_a_trained_network_is_kept_and_comes_back(tmp_path):
         with pytest.raises(ValueError, match="rounds 0 to 2"):
             save_trained(path, net, ticket.history, 5)
         assert digest(load_trained(path).weights) == digest(done.weights)  # the file is as it was
+
+
+@pytest.mark.parametrize("told, says", FORGED.values(), ids=FORGED)
+def test_a_forged_file_is_refused_by_name(told, says, tmp_path):
+    "The checksum is right, and the content is not what a ticket is"
+    path = tmp_path / "forged.safetensors"
+    forge(path, **told)
+    began = time.monotonic()
+    with pytest.raises(TicketError, match=says) as e:
+        Ticket.load(path)
+    assert str(path) in str(e.value) and len(str(e.value)) < 700
+    assert time.monotonic() - began < 2
+
+
+def test_the_forger_can_write_an_honest_ticket(tmp_path):
+    forge(tmp_path / "t", about={"head": ["b"], "tied": {"c": "a"}}, rounds=[{"n": 0}])
+    ticket = Ticket.load(tmp_path / "t")
+    assert ticket.history.alive() == {"a": 2} and ticket.about["tied"] == {"c": "a"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"a": 1}',
+        b'{"__metadata__": []}',
+        b"\xff\xfe{}",
+        b"[" * 10**5,
+    ]
+    + [b'{"__metadata__": {"rg_tickets": 7}}', b'{"__metadata__": {"rg_tickets": "{}"}}']
+    + [b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": 1}'],
+    ids=lambda b: b[:50],
+)
+def test_headers_of_any_kind(head, tmp_path):
+    forge_header(tmp_path / "t", head)
+    with pytest.raises(TicketError, match=str(tmp_path / "t")):
+        Ticket.load(tmp_path / "t")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_costly_files_cost_little(tmp_path):
+    "A million tensors, headers that claim to be long or are: some seconds and 1.5 GB are enough"
+    forge_list(tmp_path / "a million tensors", 10**6)
+    forge_list(tmp_path / "more tensors than allowed", 100_001)
+    with open(tmp_path / "a header of 16 EB", "wb") as f:
+        f.write(b"\xff" * 8 + b"{")
+    with open(tmp_path / "a header of 200 MB", "wb") as f:
+        f.write((200 * 10**6).to_bytes(8, "little") + b"{")
+        f.truncate(201 * 10**6)
+    forge_header(tmp_path / "spaces", b"{" + b" " * 90_000_000 + b"}")
+    forge_header(tmp_path / "empty lists", b'{"a": [' + b"[]," * 25_000_000 + b"1]}")
+    forge_header(tmp_path / "short texts", b'{"a": [' + b'"ab",' * 15_000_000 + b"1]}")
+    forge_header(tmp_path / "allowed values", b'{"a": [' + b'"ab",' * 3_900_000 + b"1]}")
+    forge(tmp_path / "facts", text='{"a": [' + "{}," * 2_500_000 + "1]}")
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    args = tmp_path, 1_500_000_000, there
+    process = context.Process(target=read_forged, args=args, daemon=True)
+    process.start()
+    there.close()
+    assert here.poll(100), "a file made the reader hang"
+    assert here.recv() == []
+    process.join()
+
+
+def test_what_networks_honestly_hold_is_kept(tmp_path):
+    "Any float type under a mask; counters, attention masks of -inf, statistics of a diverged run"
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        net = make(0, Mixed).to(dtype)
+        net.register_buffer("ahead", torch.full((3, 3), float("-inf")).triu(1))
+        net.register_buffer("turn", torch.ones(3) * 1j)
+        net.register_buffer("seen", torch.ones(3, dtype=torch.bool))
+        net.norm.running_var[0] = float("nan")
+        net.norm.num_batches_tracked += 2**40
+        ticket = pruned(net)
+        ticket.rounds = [dict(n=0, loss=float("nan"), metrics={})]
+        ticket.save(tmp_path / "t")
+        back = Ticket.load(tmp_path / "t")
+        assert digest(back.weights) == digest(ticket.weights)
+        other = apply(back, copy.deepcopy(net))
+        assert int(other.norm.num_batches_tracked) == 2**40 and other.ahead[0, 1] == -torch.inf
+    net.out.bias.data[0] = float("nan")
+    with pytest.raises(TicketError, match=r"kind for out.bias \(not finite in the ticket\)"):
+        apply(Ticket.of(net, ticket.history), make(1, Mixed).double())
+    plain = make(1, Mixed)
+    state = plain.state_dict() | {"out.bias": torch.ones(3, dtype=torch.int64)}
+    with pytest.raises(TicketError, match=r"out.bias \(torch.int64 in the ticket, torch.float32"):
+        apply(Ticket(state, MaskHistory({})), make(1, Mixed))
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path):
+    net, path = make(0, Tied), tmp_path / "t"
+    ticket = pruned(net)
+    for change in (
+        dict(threshold=float("nan")),
+        dict(rounds=None),
+        dict(about=[]),
+        dict(history=MaskHistory(ticket.history.died, 1)),
+        dict(weights={k: t * float("inf") for k, t in ticket.weights.items()}),
+    ):
+        with pytest.raises(TicketError, match=str(path)):
+            Ticket(**(vars(ticket) | change)).save(path)
+    many = {str(i): torch.zeros(0) for i in range(100_001)}
+    with pytest.raises(TicketError, match="would hold 100,001 tensors, and 100,000 is the most"):
+        save_tensors(path, many, {}, "state")
+    with pytest.raises(TicketError, match="would have a header of .* too long to be read back"):
+        save_tensors(path, {}, dict(a=[0] * 4_000_001), "state")
+    assert not path.exists()
+    facts = dict(a=['"\\'] * 900_000, b="," * 1_000_000)
+    save_tensors(path, {"x": torch.zeros(1)}, facts, "state")
+    assert load_tensors(path, "state")[1] == facts
+
+
+def test_a_run_that_follows_masks_knows_later_ones(tmp_path):
+    "The controls that reveal a ticket's masks round by round store them whole, and say so"
+    net = make(0, Tied)
+    ticket = pruned(net)
+    early = Ticket(
+        ticket.weights,
+        MaskHistory(ticket.history.died, 1),
+        [],
+        ticket.about | dict(masks=digest(ticket.history.died)),
+    )
+    early.save(tmp_path / "t")
+    back = Ticket.load(tmp_path / "t")
+    assert back.history.rounds == 1 and back.history.density() == ticket.history.density(1)
+    assert digest(back.history.died) == digest(ticket.history.died)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import torch
-from .basics import generator, lookup, patch_to, real
+from .basics import as_float, generator, lookup, patch_to
 from .selection import ALIVE, above, revive, sieve, survivors
 
 # %% ../nbs/20_masks.ipynb #b000dfa9
@@ -41,7 +41,7 @@ class Schedule:
 def _fraction(rate, where=""):
     "A prune rate as a float"
     try:
-        value = real(rate, "")
+        value = as_float(rate, "")
     except ValueError:
         value = 0.0
     if not 0 < value < 1:

@@ -188,12 +188,11 @@ def rewind(self, n):
 # %% ../nbs/23_imp.ipynb #06299135
 @patch_to(_Run)
 def rate(self, n):
-    "None for the recipe's schedule; the last rate of it where the policy lets the schedule go on"
+    "The recipe's schedule; its last rate where the policy lets the schedule go on"
+    steps = self.task.data.steps(self.recipe.batch_size)
     if n == 0 or "schedule" in self.policy.resets:
-        return None
-    last = self.policy.rate or self.recipe.rate(
-        self.end - 1, self.task.data.steps(self.recipe.batch_size)
-    )
+        return lambda step: self.recipe.rate(step, steps)
+    last = self.policy.rate or self.recipe.rate(self.end - 1, steps)
     return lambda step: last
 
 

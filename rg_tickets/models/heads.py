@@ -24,7 +24,7 @@ EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
 def is_layer(
-    layer: nn.Module,
+    layer: nn.Module,  # any module
     types: tuple,  # classes, and dotted names of classes that are not imported here
 ) -> bool:
     "Return isinstance(layer, types), where a type may also be given by its dotted name"

@@ -239,7 +239,11 @@ class Loaders:
 
     def fingerprint(self) -> dict:
         "What tells both loaders from others: data sets, order, how samples become batches"
-        return dict(train=_loader_facts(self.train), test=_loader_facts(self.heldout))
+        return dict(
+            train=_loader_facts(self.train),
+            test=_loader_facts(self.heldout),
+            steps=self.steps(),
+        )
 
 # %% ../../nbs/13_tasks.ipynb #8ca25561
 BATCHES = 20  # of a loader without indices, of which the bits are compared
@@ -646,15 +650,27 @@ def _check_loss(task, network, batch, precision):
             raise ValueError(f"it is {loss.item()} before any training")
 
 
+def _one_is_enough(task, network, batch):
+    "Can a test be tried on one batch; not if a function is given all outputs, and their lengths may differ"
+    if task.judge or not any(isinstance(start_metric(*o), Kept) for o in task.metrics.items()):
+        return True
+    with torch.no_grad(), eval_mode(network):
+        output = prediction(task.forward(network, batch))
+    return torch.is_tensor(output) and output.dim() <= 2
+
+
 def _check_scores(task, network, batch_size, precision):
     "Loss and metrics of one test batch, or of all if one batch is not enough for a metric"
     one = replace(task, data=_OneBatch(task.data, batch_size))
+    batch = _read_first(one.data.test, "test")
     try:
         scores = evaluate(one, network, precision)
+        whole = not _one_is_enough(task, network, batch)
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        batch = _read_first(one.data.test, "test")
+        whole = True
+    if whole:
         with _explained(task, "testing", batch):
             scores = evaluate(task, network, precision)
     json.dumps(scores)

@@ -187,11 +187,11 @@ def _class_weight(options, output, target):
 def _samples(output, target):
     "The number of samples of a batch"
     for o in (target, output):
-        if isinstance(o, Mapping):
-            o = next(iter(o.values()), None)
-        elif isinstance(o, tuple) and o and torch.is_tensor(o[0]):
-            o = o[0]
-        if isinstance(o, (list, tuple)) or (torch.is_tensor(o) and o.dim()):
+        inside = o.values() if isinstance(o, Mapping) else o if isinstance(o, tuple) else [o]
+        for v in inside:
+            if torch.is_tensor(v) and v.dim():
+                return len(v)
+        if isinstance(o, (list, tuple)):
             return len(o)
     return 1
 

@@ -60,9 +60,7 @@ class Resident:
     y: torch.Tensor  # [n] training targets
     x_test: torch.Tensor  # [m, ...] test inputs
     y_test: torch.Tensor  # [m] test targets
-    augment: Callable | None = (
-        None  # (inputs, torch.Generator) -> inputs, for training batches only
-    )
+    augment: Callable | None = None  # (inputs, torch.Generator) -> inputs, for training only
 
     def __post_init__(self):
         for a, b, what in ((self.x, self.y, "training"), (self.x_test, self.y_test, "test")):
@@ -157,7 +155,7 @@ def _check_length(stated, loader):
             f"steps={stated}, but the training loader yields {there} batches: give {there} or fewer"
         )
 
-
+# %% ../../nbs/13_tasks.ipynb #36ca3623
 def _nested(loader):
     "A loader, and what it reads from: samplers, data sets, and those inside of them"
     queue, found = [loader], []
@@ -295,7 +293,7 @@ def _explain_trainable(loss):
         "loss.requires_grad_(False)"
     )
 
-
+# %% ../../nbs/13_tasks.ipynb #5a12b8d5
 @dataclass
 class Task:
     "Data, a loss and metrics: everything training has to know, and nothing about pruning"
@@ -419,9 +417,7 @@ class Task:
 
 # %% ../../nbs/13_tasks.ipynb #30f84c67
 @contextmanager
-def eval_mode(
-    network: nn.Module,
-):
+def eval_mode(network: nn.Module):
     "Within the block every module is in test mode; afterwards each is in the mode it was in"
     modes = [(m, m.training) for m in network.modules()]
     network.eval()
@@ -434,7 +430,7 @@ def eval_mode(
         for m, mode in modes:
             m.training = mode
 
-
+# %% ../../nbs/13_tasks.ipynb #d6b0a0f7
 class _Scores:
     "Loss and metrics of the batches seen so far"
 
@@ -492,7 +488,7 @@ def _naming(metric):
     except Exception as e:
         raise ValueError(f"metric {metric!r} failed with {type(e).__name__}: {e}") from e
 
-
+# %% ../../nbs/13_tasks.ipynb #de5ab6e4
 def _compare(task, network):
     "Loss and metrics of the outputs on the whole test set"
     scores, n = _Scores(task, _device(network)), 0
@@ -508,7 +504,7 @@ def _device(network):
     tensors = itertools.chain(network.parameters(), network.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
 
-
+# %% ../../nbs/13_tasks.ipynb #41495c70
 def _plain_scores(task, scores):
     "Scores as plain floats, or a ValueError that says what is missing"
     missing = [k for k in ("loss", *task.metrics) if k not in scores]
@@ -540,7 +536,7 @@ def check_test_data(
                     "learned: repair the data, or leave these samples out"
                 )
 
-
+# %% ../../nbs/13_tasks.ipynb #20db7cbb
 @torch.no_grad()
 def evaluate(
     task: Task,  # what to test on
@@ -608,7 +604,7 @@ def _explained(task, what, batch):
             + (_explain_call(task, batch) if call else "")
         ) from e
 
-
+# %% ../../nbs/13_tasks.ipynb #37fdb0d0
 def _read_first(make, what):
     "The first batch of what `make` yields"
     batch = next(iter(make()), None)
@@ -649,7 +645,7 @@ def _check_loss(task, network, batch, precision):
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} before any training")
 
-
+# %% ../../nbs/13_tasks.ipynb #c9ade823
 def _one_is_enough(task, network, batch):
     "Can a test be tried on one batch; not if a function is given all outputs, and their lengths may differ"
     if task.judge or not any(isinstance(start_metric(*o), Kept) for o in task.metrics.items()):
@@ -675,7 +671,7 @@ def _check_scores(task, network, batch_size, precision):
             scores = evaluate(task, network, precision)
     json.dumps(scores)
 
-
+# %% ../../nbs/13_tasks.ipynb #9adda4c8
 def check_task(
     task: Task,  # what will be trained on
     network: nn.Module,  # what will be trained, on its device; left as it is

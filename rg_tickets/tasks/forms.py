@@ -157,7 +157,7 @@ def _explain_forms(batch, why):
         "objective=f, with f(network, batch) -> loss, and judge=f, with f(task, network) -> scores"
     )
 
-
+# %% ../../nbs/12b_forms.ipynb #ecc5f403
 def _one_target(batch, names):
     "The name under which a batch holds its targets"
     found = [k for k in TARGETS if k in names]
@@ -200,7 +200,7 @@ def _by_keyword(batch, inputs):
         kwargs |= o
     return tuple(args), kwargs
 
-
+# %% ../../nbs/12b_forms.ipynb #7da92cc2
 def split_batch(
     batch,  # of a form of the table above
 ) -> tuple:  # (args, kwargs, targets)
@@ -213,7 +213,7 @@ def split_batch(
     inputs, target = _split_sequence(batch)
     return *_by_keyword(batch, inputs), target
 
-
+# %% ../../nbs/12b_forms.ipynb #df2d1345
 def pass_whole(
     batch,  # of any form
 ) -> tuple:  # (args, kwargs, targets, or None if there are none)
@@ -241,7 +241,7 @@ def prediction(
         return logits if torch.is_tensor(logits) else output
     return output
 
-
+# %% ../../nbs/12b_forms.ipynb #e13294b4
 def own_loss(
     output,  # of a network that computes its own loss
 ) -> torch.Tensor:  # scalar

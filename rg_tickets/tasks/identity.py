@@ -85,7 +85,7 @@ def _installed(thing):
     "Is a function or a class part of a package, whose version stands elsewhere"
     return _home(getattr(thing, "__module__", None) or "builtins") != "own"
 
-
+# %% ../../nbs/12c_identity.ipynb #f5302750
 def _short(parts, digits=8):
     "The beginning of the SHA-256 of some texts"
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:digits]
@@ -113,7 +113,7 @@ def _function(o):
     o = getattr(o, "fget", None) or getattr(o, "__func__", o)
     return o if isinstance(o, types.FunctionType) else None
 
-
+# %% ../../nbs/12c_identity.ipynb #0f65c6c7
 def _name(thing):
     "Module and name of a function or class, and the hash of the code if it is not installed"
     name = f"{thing.__module__}.{thing.__qualname__}"
@@ -127,7 +127,7 @@ def _name(thing):
     code = getattr(thing, "__code__", None)
     return f"{name}#{_code(code, thing.__doc__)}" if code else name
 
-# %% ../../nbs/12c_identity.ipynb #f5302750
+# %% ../../nbs/12c_identity.ipynb #b6cd4f7a
 def _cells(function):
     "Name -> value of the outer variables that a function uses"
     found = {}
@@ -143,7 +143,7 @@ def _is_data(o):
     "Is this a data set or a network's input, which is told apart elsewhere"
     return isinstance(o, Dataset) or hasattr(o, "column_names")
 
-
+# %% ../../nbs/12c_identity.ipynb #981e26e9
 def _own(o):
     "The attributes of an object that are its own, not its class's"
     slots = getattr(type(o), "__slots__", ())
@@ -163,7 +163,7 @@ def _attributes(o):
         return inside
     return {k: v for k, v in inside.items() if k[:1] != "_" and not isinstance(v, Mapping)}
 
-
+# %% ../../nbs/12c_identity.ipynb #ca894a30
 def _several(items, depth, above):
     "Named values in words; a long list is hashed"
     texts = [(f"{k}=" if k else "") + _describe(v, depth - 1, above) for k, v in items]
@@ -219,7 +219,7 @@ def _described(o, depth, above):
     inside = _several(sorted(_attributes(o).items()), depth, above)
     return _name(type(o)) + (f"({inside})" if inside else "")
 
-
+# %% ../../nbs/12c_identity.ipynb #41a9c955
 GENERATORS = (torch.Generator, np.random.RandomState, np.random.Generator, random.Random)
 
 
@@ -236,7 +236,7 @@ def _globals(function):
     found = {k: function.__globals__.get(k) for k in function.__code__.co_names}
     return {k: v for k, v in found.items() if isinstance(v, GENERATORS)}
 
-
+# %% ../../nbs/12c_identity.ipynb #f3441526
 def _is_closed(o):
     "Is this a class, a module, or an object of Python's or of torch's own machinery, left alone"
     if isinstance(o, (type, types.ModuleType)):
@@ -266,7 +266,7 @@ def _inside(o):
         inside |= {k: v for f in methods for k, v in (_globals(f) | _cells(f)).items()}
     return inside
 
-
+# %% ../../nbs/12c_identity.ipynb #73f2e463
 def _walk(roots, most=100):
     "(path, object) of what is reachable from named roots and may hold a state; each once, at most 10^5"
     queue, seen = deque(roots.items()), set()
@@ -284,7 +284,7 @@ def _walk(roots, most=100):
 
 _GLOBAL = (torch.default_generator, random._inst, np.random.mtrand._rand)
 
-
+# %% ../../nbs/12c_identity.ipynb #42f9223d
 def own_generators(
     **roots,  # name -> loader, sampler, data set, function, ...
 ) -> dict:  # path -> generator; the global ones are left out
@@ -347,7 +347,7 @@ def _generator_undo(g):
     state = g.getstate()
     return lambda: g.setstate(state)
 
-
+# %% ../../nbs/12c_identity.ipynb #1bc52226
 def _container_undo(o):
     "A function that puts the entries of a dict, list, set or deque back, in place"
     entries = lambda: list(o.items()) if isinstance(o, dict) else [(v,) for v in o]
@@ -377,7 +377,7 @@ def _cell_undo(function):
             pass  # not assigned yet
     return lambda: [setattr(cell, "cell_contents", v) for cell, v in saved] and None
 
-
+# %% ../../nbs/12c_identity.ipynb #c7f87626
 def _undo(o):
     "A function that puts an object back, or None if it holds nothing that can change"
     if torch.is_tensor(o):
@@ -431,7 +431,7 @@ def all_labels(
             plain = torch.is_tensor(found) or isinstance(found, (list, tuple))
             return found if plain else np.asarray(found)
 
-
+# %% ../../nbs/12c_identity.ipynb #03154998
 def _labels_hash(dataset):
     "The hash of all labels, None if they are not at hand"
     parts = getattr(dataset, "datasets", None)
@@ -450,7 +450,7 @@ def _plain_sample(o):
         return [_plain_sample(v) for v in o]
     return np.asarray(o) if hasattr(o, "__array_interface__") else o
 
-
+# %% ../../nbs/12c_identity.ipynb #cfd3e98f
 @dataclass
 class _Hashes(Dataset):
     "Hashes of samples, each read from the start of a stream"

@@ -1158,6 +1158,40 @@ def test_descriptions_hold_no_addresses():
     assert one == two
 
 
+def test_wrapped_losses_are_told_by_what_they_wrap_and_packages_only_by_name():
+    @functools.lru_cache
+    def one(o, y):
+        return o
+
+    @functools.lru_cache
+    def two(o, y):
+        return y
+
+    assert describe(one) != describe(two)
+    assert describe(torch.compile(_first_loss, backend="eager")) == describe(_first_loss)
+    assert describe(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+    torchvision = pytest.importorskip("torchvision")
+    crop = torchvision.transforms.RandomCrop(8)
+    assert "#" not in describe(crop) and "size=tuple[8, 8]" in describe(crop)
+    assert "#" in describe(Plain())
+
+
+class Plain:
+    def __call__(self, o, y):
+        return o
+
+
+def test_a_collator_with_a_tokenizer_is_told_the_same_after_it_was_used():
+    from rg_tickets.tasks.pieces import tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    tok = tokenizer("auto")
+    collator = transformers.DataCollatorWithPadding(tok)
+    before = describe(collator)
+    collator([tok("one"), tok("one two three")])
+    assert describe(collator) == before
+
+
 def test_unchanged_gives_back_what_outer_variables_were():
     count, seen = 0, {"a": 1}
 

@@ -48,7 +48,7 @@ def map_leaves(
 
 # %% ../../nbs/12b_forms.ipynb #632abe0d
 def place_tensor(
-    tensor: torch.Tensor,
+    tensor: torch.Tensor,  # of any shape; one with four axes is taken for images
     device,  # a torch device, or its name
     non_blocking: bool = False,  # whether a copy from pinned memory may overlap with work
 ) -> torch.Tensor:

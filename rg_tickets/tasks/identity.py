@@ -67,18 +67,19 @@ def _compact(values):
 # %% ../../nbs/12c_identity.ipynb #3a6f7898
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MODULE = set(vars(nn.Module()))  # what every nn.Module has: hooks, the training flag
-_PATHS = sysconfig.get_paths()
+_STANDARD = sysconfig.get_paths()["stdlib"]  # where Python's own modules lie
 
 
 @functools.lru_cache(maxsize=None)
 def _home(module):
     "Where a module comes from: the standard library, an installed package, or elsewhere"
     top = module.split(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
-        return "standard"
-    path = getattr(sys.modules.get(module), "__file__", None) or "/"
-    inside = any(Path(path).is_relative_to(_PATHS[k]) for k in ("purelib", "platlib"))
-    return "installed" if inside or top in ("rg_tickets", "torch") else "own"
+    path = getattr(sys.modules.get(module), "__file__", None)
+    parts = Path(path).parts if path else ()
+    if {"site-packages", "dist-packages"} & {*parts} or top in ("rg_tickets", "torch"):
+        return "installed"
+    built_in = path is None and top in sys.stdlib_module_names and top != "__main__"
+    return "standard" if built_in or (path and Path(path).is_relative_to(_STANDARD)) else "own"
 
 
 def _installed(thing):
@@ -204,8 +205,13 @@ def _described(o, depth, above):
         return f"partial({_several(inside, depth, above)})"
     if isinstance(o, types.MethodType):
         return f"{_name(o.__func__)} of {_describe(o.__self__, depth, above)}"
+    for name in ("_torchdynamo_orig_callable", "__wrapped__"):
+        if name in getattr(o, "__dict__", {}):
+            return _describe(vars(o)[name], depth, above)
     if isinstance(o, types.FunctionType):
         return _described_function(o, depth, above)
+    if isinstance(o, torch.jit.ScriptFunction):
+        return f"{o.qualified_name}#{_short([o.code])}"
     if isinstance(o, Mapping):
         return "{" + _several([(str(k), v) for k, v in o.items()], depth, above) + "}"
     if isinstance(o, (set, frozenset)):
@@ -267,10 +273,11 @@ def _inside(o):
     return inside
 
 # %% ../../nbs/12c_identity.ipynb #73f2e463
-def _walk(roots, most=100):
-    "(path, object) of what is reachable from named roots and may hold a state; each once, at most 10^5"
-    queue, seen = deque(roots.items()), set()
-    while queue and len(seen) < 10**5:
+def _walk(roots, most=100, seen=None, limit=10**5):
+    "(path, object) of what is reachable from named roots and may hold a state; each once"
+    queue, seen = deque(roots.items()), set() if seen is None else seen
+    limit += len(seen)
+    while queue and len(seen) < limit:
         path, o = queue.popleft()
         if id(o) in seen or isinstance(o, _PLAIN) or isinstance(o, np.ndarray):
             continue
@@ -399,12 +406,14 @@ def unchanged(
     *things,  # networks, losses, objectives, functions, ...
 ):
     "After the block everything that the things hold is as it was: tensors, gradients, modes, counters, lists, generators"
-    roots = {str(i): o for i, o in enumerate(things)}
-    undo = [f for f in (_undo(o) for _, o in _walk(roots, 10**6)) if f is not None]
+    seen, undo = set(), []
+    for thing in things:
+        limit = 10**8 if isinstance(thing, nn.Module) else 10**6
+        undo += [_undo(o) for _, o in _walk({"": thing}, 10**6, seen, limit)]
     try:
         yield
     finally:
-        for f in undo:
+        for f in filter(None, undo):
             f()
 
 # %% ../../nbs/12c_identity.ipynb #10e497fb

@@ -250,6 +250,16 @@ def _valid(target, shift):
     return (target[:, 1:] if shift else target) != -100
 
 
+def _mean_entropy(output, target):
+    "The mean cross-entropy over labels, sample by sample, which needs memory for one of them"
+    total = 0.0
+    for o, y in zip(output, target):
+        o, y = o.reshape(-1, o.shape[-1]).float(), y.reshape(-1).long()
+        total += F.cross_entropy(o, y, reduction="sum").item()
+    counted = (target != -100).sum().item()
+    return total / counted if counted else math.nan
+
+
 def label_rule(
     loss: float,  # that the network gave
     output,  # logits [n, ..., C], if there are any
@@ -260,10 +270,9 @@ def label_rule(
         return "samples"
     if output.dim() < 2 or output.shape[:-1] != target.shape:
         return "samples"
-    flat = lambda o, y: F.cross_entropy(o.flatten(0, -2).float(), y.flatten().long()).item()
-    away = {"labels": abs(flat(output, target) - loss)}
+    away = {"labels": abs(_mean_entropy(output, target) - loss)}
     if target.dim() == 2 and target.shape[1] > 1:
-        away["next label"] = abs(flat(output[:, :-1], target[:, 1:]) - loss)
+        away["next label"] = abs(_mean_entropy(output[:, :-1], target[:, 1:]) - loss)
     best = min(away, key=lambda k: away[k] if away[k] == away[k] else math.inf)
     return best if away[best] <= 1e-4 * max(1.0, abs(loss)) else "samples"
 

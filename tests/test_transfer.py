@@ -351,7 +351,7 @@ def test_a_state_of_another_transfer_is_left_alone(change, tmp_path):
     elif change == "frozen":
         other.layer1[0].conv1.weight.requires_grad_(False)
     elif change == "activation":
-        other.layer1[0].act = nn.GELU()
+        other.relu = nn.GELU()
     stopped(target(), first, ticket, tmp_path / "t")
     at = []
     transfer(

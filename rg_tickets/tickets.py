@@ -619,7 +619,7 @@ class _Hold:
         "Multiply parameters by masks; through `data`, so that a graph made before stays good"
         for key in ids:
             p, factor, _ = self.bound[key]
-            p.data.mul_(factor)
+            p.data.mul_(factor.to(p.device))
 
     def fill(self):
         "Set pruned weights to zero bit for bit, also those that are nan or -0.0"

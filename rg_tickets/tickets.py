@@ -8,7 +8,7 @@ __all__ = ['MAX_HEADER', 'MAX_VALUES', 'MAX_TENSORS', 'FLOATS', 'SPARSE', 'diges
            'to_state_dict', 'to_sparse', 'to_torch_prune', 'save_trained', 'load_trained']
 
 # %% ../nbs/21_tickets.ipynb #c57b31c2
-import errno, hashlib, json, math, os, re, weakref
+import errno, hashlib, json, os, re, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -270,7 +270,7 @@ class Ticket:
     def of(cls, network, history, rounds=(), about=None, threshold=0.0):
         "A ticket with a copy of the network's weights as they are now"
         weights = {k: t.detach().cpu().clone() for k, t in state(network).items()}
-        about = network_facts(network) | (about or {})
+        about = network_facts(network, (about or {}).get("head")) | (about or {})
         return cls(weights, history, list(rounds), about, threshold)
 
     def save(self, path):
@@ -296,9 +296,10 @@ class Ticket:
 
 def network_facts(
     network: torch.nn.Module,  # any network, wrapped or not
+    head: list | None = None,  # names of modules, by default what `heads` finds
 ) -> dict:  # tied: other name -> first name; head: names of modules
     "What a ticket has to know of a network beyond its weights"
-    return dict(tied=tied(network), head=list(heads(unwrap(network))))
+    return dict(tied=tied(network), head=list(heads(network) if head is None else head))
 
 # %% ../nbs/21_tickets.ipynb #7673a06d
 def _header(ticket):
@@ -364,8 +365,8 @@ def _wrong_facts(ticket):
         yield "its rounds are not a list of objects"
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         yield f"its threshold is {_some([threshold])}, not a number"
-    elif not abs(threshold) < math.inf:
-        yield f"its threshold is {threshold}, and a magnitude is finite"
+    elif not abs(threshold) <= torch.finfo(torch.float64).max:
+        yield f"its threshold is {_some([threshold])}, and a magnitude is finite"
     if not isinstance(about, dict):
         yield f"`about` is {_some([about])}, not an object"
         return
@@ -403,7 +404,7 @@ def _all_names(first_names, ties):
     "First name -> all names of a tensor"
     names = {k: [k] for k in first_names}
     for alias, first in ties.items():
-        names[first].append(alias)
+        names.get(first, []).append(alias)
     return names
 
 
@@ -429,7 +430,7 @@ def _under(modules):
 
 def _match(ticket, network, head):
     "Network's first name -> ticket's name or None; the ticket's names left over; ties that differ"
-    inside = _under([] if head else {*heads(unwrap(network)), *ticket.about.get("head", [])})
+    inside = _under([] if head else {*heads(network), *ticket.about.get("head", [])})
     match, used, differ = {}, set(), {}
     for first, names in _all_names(state(network), tied(network)).items():
         if all(map(inside, names)):
@@ -763,10 +764,10 @@ def to_torch_prune(
     masks, owners = fit_to(ticket, network, head).history.mask(n), _owners(network)
     names = _all_names(state(network), tied(network))
     apply(ticket, network, 0, head)
-    for k, mask in masks.items():
-        for module, attribute in (owners[o] for o in names[k]):
-            mask = mask.to(module._parameters[attribute].device)
-            torch_prune.custom_from_mask(module, attribute, mask)
+    places = {owners[o]: mask for k, mask in masks.items() for o in names[k]}
+    for (module, attribute), mask in places.items():  # a module with two names is one place
+        mask = mask.to(module._parameters[attribute].device)
+        torch_prune.custom_from_mask(module, attribute, mask)
     return network
 
 # %% ../nbs/21_tickets.ipynb #ef470529

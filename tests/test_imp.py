@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -178,7 +179,9 @@ def test_exactly_the_smallest_scores_go(scope, tmp_path):
 def test_random_numbers_of_a_score_belong_to_the_run(tmp_path):
     whole = run(score=at_random, folder=tmp_path / "whole")
     cut(mlp, tmp_path / "cut", (0, 4), (1, 4), score=at_random)
-    assert load(tmp_path / "whole").history.died.keys() == load(tmp_path / "cut").history.died.keys()
+    assert (
+        load(tmp_path / "whole").history.died.keys() == load(tmp_path / "cut").history.died.keys()
+    )
     assert digest(load(tmp_path / "whole").history.died) == digest(
         load(tmp_path / "cut").history.died
     )
@@ -446,7 +449,9 @@ class Rewrites(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("when, said", [(True, "after training on 'toy'"), (False, "after round 1")])
+@pytest.mark.parametrize(
+    "when, said", [(True, "after training on 'toy'"), (False, "after round 1")]
+)
 def test_a_network_that_undoes_its_mask_is_stopped(when, said, tmp_path):
     net = nn.Sequential(Rewrites(8, 16, when=when), nn.ReLU(), nn.Linear(16, 3))
     with pytest.raises(NotZero, match=f"pruned weights of '0.weight' are not zero {said}"):
@@ -542,7 +547,14 @@ def test_a_network_in_test_mode_is_trained():
     assert repr(run(a.eval())) == repr(run(b))
     c = normed()
     c[1].requires_grad_(False)
-    assert [m.training for m in train_mode(c.eval()).modules()] == [True, True, False, True, True, True]
+    assert [m.training for m in train_mode(c.eval()).modules()] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_frozen_weights_are_left_out_unless_asked_for(tmp_path):
@@ -770,7 +782,9 @@ class Annealed(nn.Module):
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("rewind", ["init", "3it", "lr", Policy(("weights", "schedule"), step="5it")])
+@pytest.mark.parametrize(
+    "rewind", ["init", "3it", "lr", Policy(("weights", "schedule"), step="5it")]
+)
 def test_counters_and_unsaved_buffers_are_rewound_and_resumed(lazy, rewind, tmp_path):
     make = lambda: seeded_network(lambda: Annealed(lazy))
     net, late = make(), isinstance(rewind, Policy)  # whose rounds begin in the second epoch
@@ -850,7 +864,10 @@ def two_names():
     "make, message",
     [
         (lambda: nn.Sequential(Extra(8, 4), nn.Linear(4, 3)), "Extra '0' keeps extra state"),
-        (lambda: nn.Embedding(9, 3, sparse=True), "makes sparse gradients, which are not supported"),
+        (
+            lambda: nn.Embedding(9, 3, sparse=True),
+            "makes sparse gradients, which are not supported",
+        ),
         (two_names, "'0.weight' and '2.weight' share their memory and are two parameters"),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "has no shape yet"),
     ],
@@ -1090,12 +1107,10 @@ def test_one_order_of_memory_for_each_place(where, network, last, monkeypatch):
 
 SETTINGS = [
     'torch.backends.fp32_precision = "ieee"',
+    "torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True",
     'torch.backends.cudnn.fp32_precision = "ieee"',
     'torch.backends.cudnn.conv.fp32_precision = "ieee"',
     'torch.backends.cuda.matmul.fp32_precision = "tf32"',
-    'torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = "ieee", "tf32"',
-    "torch.backends.cudnn.allow_tf32 = False",
-    "torch.backends.cudnn.benchmark = True",
 ]
 SCRIPT = """
 import torch
@@ -1113,14 +1128,17 @@ assert settings() == before, (before, settings())
 """
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+slow = lambda o: pytest.param(o, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS[:2], *map(slow, SETTINGS[2:])])
 def test_settings_of_tf32_are_left_alone(settings, request):
     "In a process of its own, because some settings cannot be read back once they disagree"
     here = request.path.parent
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(settings=settings)],
         cwd=here,
-        env={**__import__("os").environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

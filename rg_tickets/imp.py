@@ -883,13 +883,14 @@ def prepare_run(
     report: Callable | None = None,  # called after each epoch
 ) -> _Run:
     "Try network and task, and build the run that was asked for"
-    place(network, world.device(device))
     check_not_held(network)
     check_network(network)
-    recipe = choices.recipe
+    place(network, world.device(device))
+    start, recipe = Unsaved.of(network), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)
     declare_head(network, lambda: task(network, _first_batch(task, network, choices)))
-    start, params = Unsaved.of(network), prunable(network, choices.preset, choices.frozen)
+    start.restore(network)
+    params = prunable(network, choices.preset, choices.frozen)
     history = MaskHistory.dense(params)
     if choices.variant.rank == "given":
         history = _follow(ticket, history, choices)

@@ -17,6 +17,7 @@ from .basics import as_float, as_int, lookup, seeded, stream
 from .models.names import set_state, state
 from .tasks.core import Task
 from .tasks.identity import own_generators, seed_generators
+from .tickets import check_not_held
 
 # %% ../nbs/22_train.ipynb #63e006f4
 def device(
@@ -372,6 +373,7 @@ def refine(
         opt = optimizer(network, recipe)
         rate = rate or (lambda step: recipe.rate(step, steps))
     if masked:
+        check_not_held(network)
         masked.weights()
         masked.state(opt)
     loss = float("nan")

@@ -428,21 +428,23 @@ def _under(modules):
     return lambda name: any(not o or name.startswith(f"{o}.") for o in modules)
 
 
-def _match(ticket, network, head):
+def _match(ticket, network, head, own=(), leave=False):
     "Network's first name -> ticket's name or None; the ticket's names left over; ties that differ"
     inside = _under([] if head else {*heads(network), *ticket.about.get("head", [])})
+    stays = _under(own)
     match, used, differ = {}, set(), {}
     for first, names in _all_names(state(network), tied(network)).items():
-        if all(map(inside, names)):
-            continue
         found = _sources(ticket, names)
+        if all(map(inside, names)) or any(map(stays, names)):
+            used |= set(found) if any(map(stays, names)) else set()
+            continue
         used |= set(found)
         match[first] = _same_tensor(ticket, found) if found else None
         if found and match[first] is None:
             differ[first] = " and ".join(found)
     theirs = _all_names(ticket.weights, ticket.about.get("tied", {}))
     over = [k for k, names in theirs.items() if k not in used and not all(map(inside, names))]
-    return match, over, differ
+    return match, [k for k in over if not leave or k in ticket.history.died], differ
 
 # %% ../nbs/21_tickets.ipynb #ac6b96e5
 def _unlike(pairs, theirs, mine):
@@ -503,12 +505,14 @@ def fit_to(
     ticket: Ticket,  # what is to be put in
     network: torch.nn.Module,  # where; not changed
     head: bool = True,  # does the head come from the ticket too
+    own: tuple = (),  # modules of the network that are left out, whatever the ticket has for them
+    leave: bool = False,  # True: leave out what has no mask and no place in the network
 ) -> Ticket:  # sharing the given one's tensors
     "The ticket under the network's own names, or a TicketError that says what does not fit"
     ticket, have = _without_module(ticket, network), state(network)
-    match, over, differ = _match(ticket, network, head)
-    pairs = {k: o for k, o in match.items() if o is not None}
-    died = {k: ticket.history.died[o] for k, o in pairs.items() if o in ticket.history.died}
+    match, over, differ = _match(ticket, network, head, own, leave)
+    pairs = _in_order(ticket.weights, match)
+    died = _in_order(ticket.history.died, pairs)
     shapes, values = _unlike(pairs, ticket.weights, have)
     problems = [
         ("the network has no ", over),
@@ -520,12 +524,19 @@ def fit_to(
     ]
     other = "; for another task's head, use head=False" if head else ""
     _refuse(ticket, problems, f"Build the network the ticket was made for{other}")
+    history = replace(ticket.history, died={k: ticket.history.died[o] for k, o in died.items()})
     return replace(
         ticket,
         weights={k: ticket.weights[o] for k, o in pairs.items()},
-        history=replace(ticket.history, died=died),
+        history=history,
         about=ticket.about | dict(tied={k: o for k, o in tied(network).items() if o in pairs}),
     )
+
+
+def _in_order(names, match):
+    "The pairs of a match whose second part is among the ticket's `names`, in the ticket's order"
+    at = {k: i for i, k in enumerate(names)}
+    return dict(sorted(((k, o) for k, o in match.items() if o in at), key=lambda pair: at[pair[1]]))
 
 
 def fits(
@@ -608,7 +619,7 @@ class _Hold:
         "Multiply parameters by masks; through `data`, so that a graph made before stays good"
         for key in ids:
             p, factor, _ = self.bound[key]
-            p.data.mul_(factor)
+            p.data.mul_(factor.to(p.device))
 
     def fill(self):
         "Set pruned weights to zero bit for bit, also those that are nan or -0.0"

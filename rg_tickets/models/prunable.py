@@ -120,20 +120,9 @@ def _unfit(name, p):
     return ""
 
 
-def _way_back(use):
-    "How a computed matrix becomes a plain parameter again"
-    leaf = use.name.rpartition(".")[2]
-    layer = f"network.{use.path}" if use.path else "network"
-    if use.by == "prune":
-        return f"torch.nn.utils.prune.remove({layer}, {leaf!r})"
-    if use.by.startswith("parametrize"):
-        kinds = use.layer.parametrizations[leaf].children()
-        if any(type(m).__module__.startswith("rg_tickets.") for m in kinds):
-            return "release(network)"
-        call = "torch.nn.utils.parametrize.remove_parametrizations"
-        return f"{call}({layer}, {leaf!r})"
-    end = next(e for e in _COMPUTED if use.layer._parameters.get(leaf + e) is not None)
-    return _COMPUTED[end][1].format(leaf=leaf).replace("(layer", f"({layer}")
+def _is_sparse(use):
+    "Does a layer look up rows with gradients for these rows only"
+    return is_layer(use.layer, EMBEDDINGS) and use.layer.sparse
 
 
 def _computed(uses):
@@ -143,7 +132,7 @@ def _computed(uses):
         return ""
     return (
         f"{use.name} is computed in every forward pass by {use.by}, so zeros would not stay: "
-        f"make it plain with {_way_back(use)}, or leave the layer out"
+        f"make it plain with {use.undo()}, or leave the layer out"
     )
 
 # %% ../../nbs/12_prunable.ipynb #c05cee49
@@ -158,7 +147,7 @@ def _by_preset(preset, label):
         if taken and not any(_found(preset.exclude, n) for n in names):
             return ""
         embedding = all(is_layer(u.layer, EMBEDDINGS) for u in uses)
-        return "embedding" if embedding else f"not in preset {label}"
+        return "embedding" if embedding else f"not in {label}"
 
     return why
 
@@ -170,7 +159,12 @@ def _check_listed(name, known, uses, vectors):
         raise ValueError(_computed([computed[name]]))
     if name in vectors:
         raise ValueError(f"{name} has fewer than two dimensions: only matrices are pruned")
-    lookup(name, known, "weight tensor")
+    name = lookup(name, known, "weight tensor")
+    if any(_is_sparse(u) for u in uses.get(name, [])):
+        raise ValueError(
+            f"{name} has sparse gradients, which pruning cannot mask: build the embedding with "
+            "sparse=False, or leave it out"
+        )
 
 
 def _by_list(asked, first, params, uses):
@@ -207,7 +201,7 @@ class _Survey:
         if any(below(n, self.head) for n in (*names, *(u.name for u in uses))):
             own = below(name, self.head) or any(u.by for u in uses)
             return ("head" if own else "tied to the head"), ""
-        if any(is_layer(u.layer, EMBEDDINGS) and u.layer.sparse for u in uses):
+        if any(_is_sparse(u) for u in uses):
             return "sparse gradients", ""
         if error := _unfit(name, p):
             return "cannot be pruned", error
@@ -238,7 +232,7 @@ def _requires(p):
 def _survey(network, preset, frozen):
     "Gather what is needed to judge the parameters of a network"
     lookup(frozen, FROZEN, "choice for frozen parameters")
-    label = repr(preset) if isinstance(preset, str) else "given"
+    label = f"preset {preset!r}" if isinstance(preset, str) else "the given preset"
     preset = lookup(preset, PRESETS, "preset") if isinstance(preset, str) else preset
     params, uses, first = named_parameters(network), matrix_uses(network), tied(network)
     names = {k: [k] for k in params}
@@ -498,7 +492,7 @@ def _match(name, rules, own):
         if m := re.search(pattern, name):
             short, prefix = m.expand(label), name[: m.start()].strip(".")
             if own:
-                return _Match((short,), (short,))
+                return _Match(("own", short), (short,))
             path = name[: m.end()].strip(".")
             return _Match((i, prefix, short), (short, f"{prefix} {short}".strip(), path))
     path = name.rpartition(".")[0] or name

@@ -48,7 +48,7 @@ def map_leaves(
 
 # %% ../../nbs/12b_forms.ipynb #632abe0d
 def place_tensor(
-    tensor: torch.Tensor,
+    tensor: torch.Tensor,  # of any shape; one with four axes is taken for images
     device,  # a torch device, or its name
     non_blocking: bool = False,  # whether a copy from pinned memory may overlap with work
 ) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _explain_forms(batch, why):
         "objective=f, with f(network, batch) -> loss, and judge=f, with f(task, network) -> scores"
     )
 
-
+# %% ../../nbs/12b_forms.ipynb #ecc5f403
 def _one_target(batch, names):
     "The name under which a batch holds its targets"
     found = [k for k in TARGETS if k in names]
@@ -169,8 +169,9 @@ def _one_target(batch, names):
 
 def _samples(batch):
     "Is this a list of samples that nothing has put together"
+    kind = lambda v: (type(v), getattr(v, "ndim", None), getattr(v, "dtype", None))
     pairs = isinstance(batch, list) and all(type(o) is tuple and len(o) > 1 for o in batch)
-    mixed = pairs and any(len({type(v) for v in o}) > 1 for o in batch)
+    mixed = pairs and all(len({kind(v) for v in o}) > 1 for o in batch)
     return mixed or all(isinstance(o, Mapping) and {*TARGETS} & {*o} for o in batch)
 
 
@@ -199,7 +200,7 @@ def _by_keyword(batch, inputs):
         kwargs |= o
     return tuple(args), kwargs
 
-
+# %% ../../nbs/12b_forms.ipynb #7da92cc2
 def split_batch(
     batch,  # of a form of the table above
 ) -> tuple:  # (args, kwargs, targets)
@@ -212,7 +213,7 @@ def split_batch(
     inputs, target = _split_sequence(batch)
     return *_by_keyword(batch, inputs), target
 
-
+# %% ../../nbs/12b_forms.ipynb #df2d1345
 def pass_whole(
     batch,  # of any form
 ) -> tuple:  # (args, kwargs, targets, or None if there are none)
@@ -240,7 +241,7 @@ def prediction(
         return logits if torch.is_tensor(logits) else output
     return output
 
-
+# %% ../../nbs/12b_forms.ipynb #e13294b4
 def own_loss(
     output,  # of a network that computes its own loss
 ) -> torch.Tensor:  # scalar

@@ -564,6 +564,27 @@ def test_a_part_of_the_test_set_is_counted_as_it_passes():
     )
 
 
+def test_a_network_that_changes_its_inputs_in_place_changes_no_data():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = linear()
+
+        def forward(self, x):
+            return self.layer(x.sub_(1))
+
+    x = X.clone()
+    kinds = (
+        Task("held", Resident(x, Y, x, Y)),
+        task_of([(x, Y)]),
+        task_of(loader(TensorDataset(x, Y))),
+    )
+    for task in kinds:
+        check_task(task, InPlace())
+        assert evaluate(task, InPlace()) == evaluate(task, InPlace())
+        assert torch.equal(x, X)
+
+
 # ---------------------------------------------------------------- modes, and data that are NaN
 
 
@@ -1128,6 +1149,26 @@ def test_resident_data_are_hashed_whole_whatever_about_says():
     about = dict(fingerprint="of long ago")
     told = [Task("t", Resident(X, y, X, Y), about=about).fingerprint() for y in (Y, relabelled(11))]
     assert told[0]["data"]["y"] != told[1]["data"]["y"] and told[0]["about"] == about
+
+
+def test_a_data_set_with_keys_of_its_own_is_told_by_its_batches():
+    class Keyed(Dataset):
+        def __init__(self, y):
+            self.y = y
+
+        def __len__(self):
+            return N
+
+        def __getitem__(self, key):
+            if not isinstance(key, tuple):
+                raise KeyError(key)
+            return X[key[0]], self.y[key[0]]
+
+    def task(y):
+        return task_of(DataLoader(Keyed(y), 4, sampler=[(i, 0) for i in range(N)]), loader())
+
+    check_task(task(Y), linear())
+    assert task(Y).fingerprint() == task(Y).fingerprint() != task(relabelled(9)).fingerprint()
 
 
 def test_descriptions_hold_no_addresses():

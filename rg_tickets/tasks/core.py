@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..basics import generator, lookup, seeded, stream
 from rg_tickets.tasks.forms import (
     batch_tensors,
+    copy_batch,
     describe_batch,
     own_loss,
     pass_whole,
@@ -97,7 +98,9 @@ class Resident:
 
     def test(self, batch_size: int = 1000):
         "Yield the test set in order"
-        yield from zip(self.x_test.split(batch_size), self.y_test.split(batch_size))
+        yield from map(
+            copy_batch, zip(self.x_test.split(batch_size), self.y_test.split(batch_size))
+        )
 
     def fingerprint(self) -> dict:
         "Hashes of the four tensors, and the augmentation in words"
@@ -222,7 +225,7 @@ class Loaders:
         begin_epoch(self.train, seed, epoch)
         n, steps = 0, self.steps()
         for n, batch in enumerate(itertools.islice(self.train, steps), 1):
-            yield to_device(batch, self.device)
+            yield self._send(self.train, batch)
         if n < steps:
             raise ValueError(
                 f"the training loader ended after {n} batches of epoch {epoch}, and {steps} were "
@@ -233,7 +236,12 @@ class Loaders:
         "Yield the test loader's batches"
         begin_epoch(self.heldout, 0, 0, "test")
         for batch in self.heldout:
-            yield to_device(batch, self.device)
+            yield self._send(self.heldout, batch)
+
+    def _send(self, loader, batch):
+        "The batch on the device; one that a list of batches keeps is copied"
+        batch = batch if isinstance(loader, DataLoader) else copy_batch(batch)
+        return to_device(batch, self.device)
 
     def fingerprint(self) -> dict:
         "What tells both loaders from others: data sets, order, how samples become batches"
@@ -274,7 +282,10 @@ def _loader_facts(loader):
             facts[name] = describe(getattr(loader, name))
     if _has_indices(dataset):
         context = getattr(loader, "multiprocessing_context", None) if workers else None
-        return facts | dict(data=dataset_facts(dataset, workers, context))
+        try:
+            return facts | dict(data=dataset_facts(dataset, workers, context))
+        except (KeyError, IndexError, TypeError, NotImplementedError):
+            pass  # its samplers give keys of another kind
     return facts | dict(data=type(dataset).__qualname__, first_batches=_first_batches(loader))
 
 # %% ../../nbs/13_tasks.ipynb #2b01f6ec

@@ -1,4 +1,4 @@
-"Names, heads and prunable tensors of networks that people bring: wrapped, tied, towers, recurrent, frozen, from other packages"
+"Names, heads and prunable tensors of networks that people bring: wrapped, tied, frozen, towers"
 
 import copy
 import io
@@ -539,7 +539,71 @@ def test_a_description_adds_up():
     assert [p.why for p in describe(linear(), "all").parts] == [""]
 
 
+PUBLISHED = {14: 174_128, 20: 270_896, 32: 464_432, 44: 657_968, 56: 851_504, 110: 1_722_416}
+
+
+@pytest.mark.parametrize("depth, weights", PUBLISHED.items())
+def test_published_counts_of_open_lth(depth, weights):
+    with torch.device("meta"):
+        net = resnet(f"cifar_resnet{depth}")
+    assert sum(p.numel() for p in prunable(net, "open_lth").values()) == weights
+
+
+def test_published_counts_of_other_code():
+    with torch.device("meta"):
+        net = resnet("resnet50", classes=1000)
+        bert = transformers.BertModel(transformers.BertConfig())
+    count = lambda *args: sum(p.numel() for p in prunable(*args).values())
+    assert count(net, "open_lth") == 25_502_912
+    assert count(net, "cv_lth") == 23_445_504 and len(prunable(net, "cv_lth")) == 52
+    assert count(net) == 25_502_912 - 2048 * 1000
+    assert count(bert, "bert_tickets") == 85_524_480 == count(bert)
+    assert len(prunable(bert, "bert_tickets")) == 73 and len(prunable(bert, "encoder")) == 72
+    assert not any("embeddings" in n or "LayerNorm" in n for n in prunable(bert))
+
+
+def test_what_was_asked_for_and_what_there_is():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8, 4), nn.Linear(4, 2))
+    assert list(prunable(net, ["2.weight", "0.weight"])) == ["0.weight", "2.weight"]
+    assert list(prunable(net, Preset((nn.Linear,), "mine", head=True))) == ["2.weight", "3.weight"]
+    assert prunable(net)["0.weight"] is net[0].weight
+    messages = {
+        "did you mean 'backbone'": (net, "backbones"),
+        "unknown weight tensor '2.wieght'; did you mean '2.weight'": (net, ["2.wieght"]),
+        "it has 1 Linear, its head is \\('',\\), and the preset takes": (linear(),),
+        "the six matrices of each layer": (net, "bert_tickets"),
+        "the list of names is empty": (net, []),
+        "it has no parameters": (nn.ReLU(),),
+        "tensor names; 1 have no known layer, e.g. 'a'": (Two(),),
+    }
+    for message, args in messages.items():
+        with pytest.raises(ValueError, match=message):
+            prunable(*args)
+    assert list(prunable(linear(), "all")) == ["weight"]
+    assert set(PRESETS) == {"backbone", "open_lth", "cv_lth", "bert_tickets", "encoder", "all"}
+
+
+def test_roles():
+    "The head's own normalisation is the head's; LayerNorm is among the weights; once per tensor"
+    net = nn.ModuleDict(
+        dict(body=nn.Linear(4, 4), norm=nn.LayerNorm(4), batch=nn.BatchNorm1d(4), out=linear())
+    )
+    net["out"] = chain(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    net.head_names = ("out",)
+    kind = {k: r for k, r in roles(net).items()}
+    assert {r for k, r in kind.items() if k.startswith("out.")} == {"head"}
+    assert kind["norm.weight"] == kind["body.bias"] == "weights"
+    assert kind["batch.weight"] == "bn_affine" and kind["batch.running_var"] == "bn_stats"
+    assert list(kind) == list(state(net))
+    assert roles(language_model()) == {"words.weight": "weights", "body.weight": "weights"}
+
+
 # ---------------------------------------------------------------- heads
+
+
+def penalty(net):
+    "A loss that multiplies matrices with themselves"
+    return sum((p @ p.t()).pow(2).sum() for p in net.parameters() if p.dim() == 2)
 
 
 def flow(net, *inputs):
@@ -707,6 +771,8 @@ def test_the_flow_through_odd_graphs():
     assert flow(normed, x) == ("b",)
     decayed = lambda: cast(x).sum() + sum(p.pow(2).sum() for p in cast.parameters())
     assert find_head(cast, decayed) == ("b",)
+    with pytest.raises(ValueError, match="ambiguous"):
+        find_head(cast, lambda: cast(x).sum() + penalty(cast))
     wide = Net(
         lambda m, x: m.out(m.deep(x)) + m.wide(x.long()),
         deep=nn.Embedding(3, 4),
@@ -833,6 +899,13 @@ def test_a_new_head_for_another_task():
     assert replace_head(wrapped, 3) is wrapped and unwrap(wrapped).fc.out_features == 3
     inner = nn.ModuleDict(dict(body=linear(), out=torch.compile(linear())))
     assert replace_head(inner, 3)["out"].out_features == 3
+    held = Net(net=roberta())
+    held.head_names = ("net.classifier.out_proj",)
+    assert replace_head(held, 5).net.num_labels == 5 == held.net.config.num_labels
+    with pytest.raises(ValueError, match="the head of BertModel is empty, not one nn.Linear"):
+        replace_head(transformers.BertModel(transformers.BertConfig(**SMALL)), 3)
+    with pytest.raises(ValueError, match="not one nn.Linear below it"):
+        replace_head(linear(), 3)
     with pytest.raises(ValueError, match="the head of SqueezeNet is 'classifier.1' \\(Conv2d\\)"):
         replace_head(torchvision.models.squeezenet1_1().to("meta"), 3)
 
@@ -904,6 +977,15 @@ def test_labels_of_our_own_networks_have_no_prefix():
     assert list(groups(names, "role").values()) == ["query", "query", "pooler", "head"]
     assert list(groups(names, "stage").values()) == ["encoder", "encoder", "pooler", "head"]
     assert list(groups(names, "part").values())[:2] == ["layer 0 query", "layer 1 query"]
+
+
+def test_a_rule_that_needs_the_prefix_has_it_everywhere():
+    "One sublayer of T5 that happens to be the only one with its number is no exception"
+    found = groups(["encoder.block.0.layer.2.wi.weight", *TOWERS["t5"]])
+    assert found["encoder.block.0.layer.2.wi.weight"] == "encoder.block.0 layer 2"
+    assert groups(["encoder.block.0.layer.2.wi.weight"]) == {
+        "encoder.block.0.layer.2.wi.weight": "layer 2"
+    }
 
 
 def test_own_rules_are_taken_at_their_word():
@@ -1027,3 +1109,24 @@ def test_heads_of_detectors(kind):
         assert last == ["cls_logits", "bbox_pred", "cls_score", "bbox_pred"]
     else:
         assert last == ["cls_logits", "bbox_reg"]
+
+
+# ---------------------------------------------------------------- distributed wrappers
+
+
+def test_distributed_data_parallel_and_checkpoint_wrapper(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain = chain(linear(), linear())
+        net = nn.parallel.DistributedDataParallel(plain)
+        assert unwrap(net) is plain and same(state(net), state(plain))
+        assert heads(net) == flow(net, torch.ones(1, 4)) == ("1",)
+        assert list(prunable(torch.compile(net))) == ["0.weight"]
+    finally:
+        dist.destroy_process_group()
+    net = chain(checkpoint_wrapper(linear()), linear())
+    assert list(state(net)) == ["0.weight", "1.weight"] and list(prunable(net)) == ["0.weight"]
+    assert flow(net, torch.ones(1, 4).requires_grad_(True)) == ("1",)

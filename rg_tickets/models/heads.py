@@ -184,7 +184,7 @@ def _declarations(network):
 
 
 def _matrix_layers(network, skip=()):
-    "(path, layer) of every layer with matrices outside the parts `skip`, in module order, each once"
+    "(path, layer) of every layer with matrices outside the parts `skip`, each once"
     found = {}
     for path, layer in named_modules(network):
         if is_layer(layer, MATRICES) and not below(path, skip):
@@ -324,7 +324,7 @@ def _declared(network):
 
 
 def heads(
-    network: nn.Module,  # any network, wrapped or not; its attribute `head_names` overrides every rule
+    network: nn.Module,  # any network; its attribute `head_names` overrides every rule
 ) -> tuple:  # plain names of modules: all below them belongs to the task; () if there is no head
     "Return the part of a network that belongs to the task; an ambiguous head is a ValueError"
     declared, beside = _declared(network)
@@ -481,7 +481,7 @@ def _explain_no_gradient(network):
     return ValueError(
         f"the head of {type(unwrap(network)).__name__} cannot be found from its loss, which has "
         f"no gradient ({frozen} of {len(params)} parameters are frozen). Unfreeze what is to be "
-        "trained, or set network.head_names"
+        "trained, compute the loss with gradients, or set network.head_names"
     )
 
 

@@ -281,8 +281,14 @@ def _explain_nothing(network, preset, parts):
     return ValueError(
         f"nothing to prune in {type(inner).__name__}: it has {has}, its head is "
         f"{_head_or_none(network)}, and {_takes(preset)}. Choose another preset "
-        f"({', '.join(PRESETS)}) or give a list of tensor names"
+        f"({', '.join(PRESETS)}) or give a list of tensor names{_hint_at_own(parts)}"
     )
+
+
+def _hint_at_own(parts):
+    "Parameters of types that are not known can be asked for by name"
+    own = [part.name for part in parts if part.why == "own parameter"]
+    return f"; {len(own)} have no known layer, e.g. {own[0]!r}" if own else ""
 
 
 def _owns(module):
@@ -390,10 +396,13 @@ class Description:
         )
 
 
+_PHRASES = {"own parameter": "own parameters, no known layer multiplies by them"}
+
+
 def _say_dense(why, parts):
     "One reason, with what is left dense for it"
     what = parts[0].name if len(parts) == 1 else f"{len(parts)} tensors"
-    return f"{what} ({why}, {sum(p.weights for p in parts):,} weights)"
+    return f"{what} ({_PHRASES.get(why, why)}, {sum(p.weights for p in parts):,} weights)"
 
 
 def describe(
@@ -482,7 +491,8 @@ GROUPINGS = {  # name -> rules (regular expression, label)
 class _Match:
     "A tensor's label in several lengths, and what makes its group different from others"
 
-    key: tuple
+    rule: int | None  # which rule was found; None: the layer's own name
+    key: tuple  # equal for tensors of one part
     labels: tuple  # from short to long
 
 
@@ -492,11 +502,19 @@ def _match(name, rules, own):
         if m := re.search(pattern, name):
             short, prefix = m.expand(label), name[: m.start()].strip(".")
             if own:
-                return _Match(("own", short), (short,))
+                return _Match(i, ("own", short), (short,))
             path = name[: m.end()].strip(".")
-            return _Match((i, prefix, short), (short, f"{prefix} {short}".strip(), path))
+            return _Match(i, (i, prefix, short), (short, f"{prefix} {short}".strip(), path))
     path = name.rpartition(".")[0] or name
-    return _Match((path,), (path, name))
+    return _Match(None, (path,), (path, name))
+
+
+def _clashing(label, found):
+    "Names whose label is also that of a different part"
+    keys = {}
+    for name, m in found.items():
+        keys.setdefault(label[name], set()).add(m.key)
+    return [name for name in found if len(keys[label[name]]) > 1]
 
 
 def groups(
@@ -508,14 +526,11 @@ def groups(
     rules = by if own else lookup(by, GROUPINGS, "grouping")
     found = {name: _match(name, rules, own) for name in names}
     label = {name: m.labels[0] for name, m in found.items()}
-    for length in (1, 2):
-        keys = {}
-        for name, m in found.items():
-            keys.setdefault(label[name], set()).add(m.key)
-        for name, m in found.items():
-            if len(keys[label[name]]) > 1:
-                label[name] = m.labels[min(length, len(m.labels) - 1)]
-    return label
+    clash = _clashing(label, found)
+    ambiguous = {found[name].rule for name in clash} - {None}
+    label |= {n: m.labels[1] for n, m in found.items() if m.rule in ambiguous and not own}
+    label |= {n: found[n].labels[1] for n in clash if found[n].rule is None}
+    return label | {n: found[n].labels[-1] for n in _clashing(label, found)}
 
 # %% ../../nbs/12_prunable.ipynb #23a8b8bb
 def table(
@@ -554,7 +569,7 @@ def replace_head(
         new = nn.Linear(old.in_features, classes, bias=old.bias is not None, device="cpu")
     path, _, name = head[0].rpartition(".")
     setattr(modules[path], name, new.to(old.weight).train(old.training))
-    inner = unwrap(network)
-    if hasattr(inner, "num_labels"):
-        inner.num_labels = inner.config.num_labels = classes  # transformers' losses ask for it
+    above = [m for p, m in modules.items() if below(path, (p,)) and hasattr(m, "num_labels")]
+    for module in above:
+        module.num_labels = module.config.num_labels = classes  # transformers' losses ask for it
     return network

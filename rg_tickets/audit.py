@@ -365,7 +365,9 @@ def audit(
     claims = _claims_of(run, schedule, scope, [row["count"] for row in rows if "count" in row])
     for i, row in enumerate(rows):
         row["verdict"] = _verdict(row, i == 0, claims)
-    return _table(rows, claims, dense if len(dense) < len(ends) else ())
+    table = _table(rows, claims, dense if len(dense) < len(ends) else ())
+    table.attrs["notes"] = list(getattr(run, "notes", []))
+    return table
 
 
 _COLUMNS = ["n", "alive", "density", "removed", "back", "not_zero", "moved", *RANKINGS, "chance"]

@@ -14,7 +14,7 @@ import torch
 from .archives import Archive, ArchiveError
 from .basics import lookup
 from .flows import check_round
-from .masks import Schedule
+from .masks import RoundSchedule, Schedule, make_schedule
 from .models.names import plain_tensors
 
 # %% ../nbs/34a_audit.ipynb #069c9fb4
@@ -252,7 +252,7 @@ def _pruning(masks, last, stale, initial, dense):
 class _Claims:
     "What is claimed of a run"
 
-    schedule: Schedule | None  # what the counts should be
+    schedule: Schedule | RoundSchedule | None  # what the counts should be
     scope: str | None  # "global" or "layer"
     dense: tuple  # tensors that are said to be left dense
     guessed: bool  # is the schedule a guess
@@ -276,18 +276,24 @@ def _round_verdict(row, first):
     return parts
 
 
-def _nothing_removed(c, claims):
+def _nothing_removed(c, schedule):
     "The verdict on a pruning that removed nothing"
-    want = _counted(c, claims.schedule)[1] if claims.schedule else False
-    return "nothing removed, as scheduled" if want else "NOTHING REMOVED"
+    right = schedule and _counted(c, schedule)[1]
+    return "nothing removed, as scheduled" if right else "NOTHING REMOVED"
+
+
+def _in_round(schedule, n):
+    "The schedule of round n, where there is one for each"
+    listed = isinstance(schedule, RoundSchedule) and 0 < n <= len(schedule.fractions)
+    return Schedule(schedule.fractions[n - 1]) if listed else schedule
 
 
 def _pruning_verdict(row, claims):
     "What is said of the pruning before a round, a list"
-    c = row["count"]
+    c, schedule = row["count"], _in_round(claims.schedule, row["n"])
     if not c.removed:
-        return [_nothing_removed(c, claims)]
-    text, right = _counted(c, claims.schedule) if claims.schedule else ("no schedule known", True)
+        return [_nothing_removed(c, schedule)]
+    text, right = _counted(c, schedule) if schedule else ("no schedule known", True)
     broken = [k for k in claims.dense if k in row["lost"]]
     said = [f"LOST WEIGHTS: {', '.join(broken)}, said to be left dense"] * bool(broken)
     count = text if right or claims.guessed else text.upper()
@@ -326,7 +332,7 @@ def _initial_of(run, initial, masks):
     return {k: initial[k] for k in masks}
 
 
-def _claims_of(run, schedule, scope, counts):
+def _claims_of(run, schedule, scope, counts, numbers):
     "What is claimed: by the caller, else by the run's own log; a schedule is guessed if need be"
     if scope is not None:
         lookup(scope, dict.fromkeys(("global", "layer")), "scope")
@@ -335,6 +341,8 @@ def _claims_of(run, schedule, scope, counts):
     if schedule is None and "rate" in said:
         schedule = Schedule(said["rate"])
     guess = schedule is None
+    if not guess:
+        schedule = make_schedule(schedule, max(len(counts), *numbers, 1))
     dense, ranked = tuple(said.get("dense", ())), getattr(run, "ranked", True)
     return _Claims(_guess(counts) if guess else schedule, scope, dense, guess, ranked)
 
@@ -343,7 +351,7 @@ def _claims_of(run, schedule, scope, counts):
 def audit(
     run,  # an Archive, or a list of (weights, masks) in round order, masks those in force
     initial: dict | None = None,  # name -> weight before training; None: as the archive has it
-    schedule: Schedule | None = None,  # what the counts should be; None: as the run's log says
+    schedule=None,  # what the counts should be, as in `imp`; None: as the run's log says, or a guess
     scope: str | None = None,  # what is claimed: "global" or "layer" ranking; None: as the log says
 ) -> pd.DataFrame:  # a row per round: n, alive, density, removed, ..., overlaps, chance, verdict
     "Check that masks are nested, counted, in force and ranked as is said; one round is read at a time"
@@ -362,7 +370,8 @@ def audit(
             row |= _pruning(masks, last, stale, initial, dense)
         rows.append(row)
         stale, last, before = last and last[0], (weights, masks), masks
-    claims = _claims_of(run, schedule, scope, [row["count"] for row in rows if "count" in row])
+    counts = [row["count"] for row in rows if "count" in row]
+    claims = _claims_of(run, schedule, scope, counts, numbers)
     for i, row in enumerate(rows):
         row["verdict"] = _verdict(row, i == 0, claims)
     table = _table(rows, claims, dense if len(dense) < len(ends) else ())

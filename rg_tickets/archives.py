@@ -353,12 +353,11 @@ def _labels(parts):
     return [Path(part.label.partition(" and ")[0]).name for part in parts]
 
 # %% ../nbs/34_archives.ipynb #1501d641
-def _numbers_of(parts, counts):
-    "(n of each round, a note if the names say other numbers)"
+def _numbers_of(parts, counts, fixed):
+    "(n of each round, a note if the names say other numbers); fixed: the layout knows its numbers"
     said = [part.number for part in parts]
     dense = counts[0].kept == counts[0].total
-    usable = _consecutive(said) and (said[0] == 0) == dense
-    if usable:
+    if _consecutive(said) and (fixed or (said[0] == 0) == dense):
         return said, []
     n = list(range(not dense, len(parts) + (not dense)))
     if not _consecutive(said):
@@ -375,7 +374,7 @@ def _ranged(parts, path, fixed=False, repeats=False, after=False):
     order, notes = _order(parts, counts, fixed)
     parts, counts = [parts[i] for i in order], [counts[i] for i in order]
     _check_one_run(parts, counts, path, repeats)
-    n, more = _numbers_of(parts, counts)
+    n, more = _numbers_of(parts, counts, fixed)
     return parts, n, notes + ([] if after else more), counts
 
 

@@ -112,7 +112,7 @@ def read_table(
     words: list = (),  # columns of text
     what: str = "no table of this kind",  # for the error, what the file is not
 ) -> pd.DataFrame:
-    "Read a CSV file; missing columns and text instead of numbers are ValueErrors that name the file"
+    "Read a CSV file; missing columns, and text for numbers, are ValueErrors that name the file"
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))

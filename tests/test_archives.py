@@ -140,7 +140,7 @@ TENSOR = "ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\
 @pytest.mark.parametrize(
     "view",
     [
-        "I0\n(I1000000\nt(I0\nt",
+        "I0\n(I100000000\nt(I0\nt",
         "I3\n(I4\nt(I1\nt",
         "I-1\n(I2\nt(I1\nt",
         "I0\n(I2\nt(I-1\nt",

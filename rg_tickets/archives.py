@@ -207,7 +207,7 @@ class Archive:
     start: Callable | None = None  # gives the state to rewind to, if the files hold it
     after: Callable | None = None  # gives the mask made of the last round, if the files hold it
     claims: dict = field(default_factory=dict)  # rate, scope, dense: what the run says of itself
-    ranked: bool = True  # whether the weights are those that were ranked, and not another epoch's
+    ranked: bool = True  # whether weights and masks are known to be those of the ranking
 
     def __repr__(self):
         span = f"{len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}"
@@ -725,8 +725,7 @@ def _shift(archive, after, whole):
         "files were written after pruning: the mask in force is that of the file before",
     ]
     n, last = list(range(len(parts))), lambda: rounds[-1][1]
-    start = archive.start
-    return Archive(archive.kind, _Rounds(parts), n, archive.about, notes, start, last)
+    return Archive(archive.kind, _Rounds(parts), n, archive.about, notes, archive.start, last)
 
 
 def _last_of_each(parts, counts):
@@ -778,9 +777,10 @@ class _Zeros:
             self.at[k][~m] = i
 
     def begin(self):
-        "Let a run that begins dense begin so, though a few of its weights are zero by chance"
-        zero = sum(int((t == 0).sum()) for t in self.at.values())
-        if zero <= 0.01 * sum(t.numel() for t in self.at.values()):
+        "Let a run that begins dense begin so, though some of its weights are zero by chance"
+        count = lambda i: sum(int((t == i).sum()) for t in self.at.values())
+        total = sum(t.numel() for t in self.at.values())
+        if count(0) <= max(0.01 * total, 0.25 * count(1)):
             for t in self.at.values():
                 t[t == 0] = 1
 
@@ -862,7 +862,8 @@ def _torch_prune(path, after):
     dense = counts[0].kept == counts[0].total
     n = list(range(not dense, len(parts) + (not dense)))
     about = {"path": str(path)}
-    archive = Archive("torch_prune", _Rounds(parts), n, about, notes + more + left_out)
+    notes += [*more, *left_out]
+    archive = Archive("torch_prune", _Rounds(parts), n, about, notes, ranked=bool(names))
     return _shift(archive, after, lambda i: _whole(parts[i].label, names))
 
 # %% ../nbs/34_archives.ipynb #b1c924e3

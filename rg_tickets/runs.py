@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dry', 'MOST', 'write_csv', 'write_text', 'write_figure', 'one_thread', 'execute', 'writable', 'adopt', 'check_count',
-           'grid', 'RunsFailed', 'plainly', 'check_all', 'specs_of', 'check_there', 'complete', 'waves', 'trajectories',
-           'collect']
+           'grid', 'RunsFailed', 'plainly', 'workers', 'check_all', 'specs_of', 'check_there', 'complete', 'waves',
+           'trajectories', 'collect']
 
 # %% ../nbs/40_runs.ipynb #fb834591
 import concurrent.futures as futures, contextlib, contextvars, errno, math, multiprocessing
@@ -282,8 +282,11 @@ def _attempt(spec, folder, kwargs):
         return plainly(e)
 
 # %% ../nbs/40_runs.ipynb #6a76d8c8
-def _jobs(jobs, device):
-    "How many worker processes: as asked, or a core each on the CPU and one on an accelerator"
+def workers(
+    jobs: int,  # how many were asked for; 0: a core each on the CPU, one on an accelerator
+    device: str,  # where they train
+) -> int:
+    "How many worker processes there will be"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return jobs or (cores if find_device(device).type == "cpu" else 1)
 
@@ -363,10 +366,8 @@ def specs_of(
     items: list,  # of Spec, or of what stands between two runs: anything with `source` and `target`
 ) -> list:  # of Spec
     "The runs that items are or need"
-    ends = [
-        (o,) if isinstance(o, Spec) else (getattr(o, "source", 0), getattr(o, "target", 0))
-        for o in items
-    ]
+    both = lambda o: (getattr(o, "source", None), getattr(o, "target", None))
+    ends = [(o,) if isinstance(o, Spec) else both(o) for o in items]
     return [s for pair in ends for s in pair if isinstance(s, Spec)]
 
 
@@ -407,7 +408,7 @@ def complete(
             o
             for wave in waves
             if wave
-            for o in _attempts(wave, folder, _jobs(jobs, device), kwargs)
+            for o in _attempts(wave, folder, workers(jobs, device), kwargs)
         ):
             if complaint:
                 failed.setdefault(complaint, []).append(str(s))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELFSUP', 'ROWS', 'SYSTEMS', 'plain', 'code', 'Spec', 'System', 'Facts', 'system', 'kind', 'build', 'facts',
-           'standin', 'Size', 'size', 'weights', 'steps_per_epoch', 'rewind_of', 'check']
+           'standin', 'Size', 'meta_network', 'size', 'weights', 'steps_per_epoch', 'rewind_of', 'kept_weights',
+           'check']
 
 # %% ../nbs/39a_specs.ipynb #c2d3e2cc
 import hashlib, inspect, json, math
@@ -567,17 +568,24 @@ class Size:
     entries: int  # tensors of the whole state
 
 
-def _on_meta(spec):
-    "The spec's network without its weights; options it does not take are a ValueError"
+@lru_cache(maxsize=None)
+def _on_meta(key):
     try:
-        return standin(spec, device="meta")[1]
+        return standin(key.spec, device="meta")[1]
     except (TypeError, RuntimeError) as e:
-        raise ValueError(f"no network can be built for {spec}: {e}") from e
+        raise ValueError(f"no network can be built for {key.spec}: {e}") from e
+
+
+def meta_network(
+    spec: Spec,  # whose
+) -> torch.nn.Module:  # to be read only: equal specs have one network
+    "The spec's network without its weights; options it does not take are a ValueError"
+    return _on_meta(_Hashed(spec))
 
 
 @lru_cache(maxsize=None)
 def _size(key):
-    network = _on_meta(key.spec)
+    network = _on_meta(key)
     params = prunable(network, key.spec.preset)
     return Size(
         sum(p.numel() for p in network.parameters()),
@@ -658,6 +666,15 @@ def rewind_of(spec: Spec):
     return PRUNE_TYPES[spec.prune_type].rewind if spec.prune_type else spec.rewind
 
 
+def kept_weights(spec: Spec) -> int:
+    "Weights that are kept after the last round, if they are ranked over the whole network"
+    schedule, total = Schedule(spec.prune, spec.schedule), size(spec).prunable
+    alive = total
+    for _ in range(spec.rounds):
+        alive -= schedule.remove(alive, total)
+    return alive
+
+
 def _check_names(spec):
     "Refuse unknown names"
     system(spec)
@@ -697,6 +714,16 @@ def _check_source(spec):
         )
 
 
+def _check_queue(spec, recipe):
+    "Refuse a batch that does not fit into the queue of MoCo"
+    queue = spec.options.get("queue", 1024)
+    if spec.task.endswith("/moco") and recipe.batch_size > queue:
+        raise ValueError(
+            f"a batch of {recipe.batch_size} does not fit into a queue of {queue}: "
+            "use a queue that holds several batches"
+        )
+
+
 def _check_samples(spec):
     "Refuse more samples than there are"
     found = facts(spec)
@@ -716,9 +743,10 @@ def check(
     "Refuse a spec of which no run can be made, before anything is read or trained"
     _check_names(spec)
     recipe, schedule = Recipe(**spec.recipe), Schedule(spec.prune, spec.schedule)
-    how, k = policy(rewind_of(spec)) if not spec.prune_type else (None, 0)
+    policy(spec.rewind)
     _check_source(spec)
     _check_options(spec)
+    _check_queue(spec, recipe)
     as_int(spec.rounds, "rounds", 0)
     if not _check_samples(spec).about:
         per_epoch = steps_per_epoch(spec)

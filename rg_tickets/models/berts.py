@@ -87,6 +87,8 @@ def check(
 class Bert(nn.Module):
     "A BERT of transformers with one head: [B, 3, L] token ids, attention mask and token types in, what the head gives out"
 
+    head_names = ("head",)  # what belongs to the task, see `11a_heads`
+
     def __init__(
         self,
         config: BertConfig,  # the architecture

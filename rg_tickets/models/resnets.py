@@ -173,4 +173,5 @@ def resnet(
     with seeded(seed, "build"):
         model = build(classes=classes, in_channels=in_channels, width=width, stem=stem)
     model.name = name  # goes into tickets and tables
+    model.head_names = ("fc",)  # what belongs to the task, see `11a_heads`
     return initialise(model, init, seed)

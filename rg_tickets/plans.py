@@ -17,8 +17,8 @@ from . import notebooks, runs
 from .imp import CONTROLS
 from .rewind import PRUNE_TYPES, policy
 from .runs import dry, one_thread, specs_of
-from .specs import SELFSUP, Spec, check, code, facts, kind, rewind_of, size, standin
-from .specs import steps_per_epoch, weights
+from .specs import SELFSUP, Spec, code, facts, kind, meta_network, rewind_of, size
+from .specs import standin, steps_per_epoch, weights
 from .train import Recipe, device as find_device, place, refine
 
 # %% ../nbs/40c_plans.ipynb #31cf8c55
@@ -305,15 +305,37 @@ def _key(spec):
     return (*net, way, recipe.optimizer, recipe.precision, options)
 
 
-def _passes(spec, network, task, batch):
-    "(FLOPs of a forward pass, of a forward and a backward pass) of a batch on the meta device"
-    objective = (lambda: network(batch[0]).square().mean()) if _key(spec)[6] else None
-    with FlopCounterMode(display=False) as forward:
-        loss = objective() if objective else task(network, batch)
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    there = forward.get_total_flops()
-    return there, there + backward.get_total_flops()
+@contextlib.contextmanager
+def _hooked(network, mark):
+    "Call `mark` before every module, leave padding masks out, and have no dropout, during the block"
+    hooks, training = (
+        [m.register_forward_pre_hook(mark) for m in network.modules()],
+        network.training,
+    )
+    unmasked = lambda module, args, kwargs: (args, kwargs | dict(attention_mask=None))
+    if hasattr(network, "bert"):  # nothing is padded, so there is nothing to mask
+        hooks.append(network.bert.register_forward_pre_hook(unmasked, with_kwargs=True))
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+        for o in hooks:
+            o.remove()
+
+
+def _products(network, x):
+    "(FLOPs of a forward pass, those of them in layers that read the batch itself)"
+    names, first = {m: k for k, m in network.named_modules()}, []
+
+    def mark(module, args):
+        if args and args[0] is x and not list(module.children()):
+            first.append(f"{type(network).__name__}.{names[module]}")
+
+    with _hooked(network, mark), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    counts = counter.get_flop_counts()
+    return counter.get_total_flops(), sum(sum(counts[k].values()) for k in first)
 
 
 def count_flops(
@@ -322,20 +344,17 @@ def count_flops(
     "Count the arithmetic of a training step, without doing it"
     if spec.task == "voc_detection":
         return None
-    task, network = standin(spec, 2, "meta")
-    if kind(spec) == "texts":  # nothing is padded, so there is nothing to mask
-        unmasked = lambda module, args, kwargs: (args, kwargs | dict(attention_mask=None))
-        network.bert.register_forward_pre_hook(unmasked, with_kwargs=True)
-    way = _key(spec)[6]
-    x = torch.empty(2, *facts(spec).shape, device="meta")
-    batch = (x,) if way else tuple(o.to("meta") for o in next(iter(task.data.batches(0, 0, 2))))
-    forward, both = _passes(spec, network, task, batch)
+    network, way = meta_network(spec), _key(spec)[6]
+    numbers = torch.int64 if kind(spec) == "texts" else torch.float32
+    x = torch.empty(2, *facts(spec).shape, device="meta", dtype=numbers)
+    forward, first = _products(network, x)
+    step = 3 * forward - first  # what is read from the data needs no gradient
     if "simclr" in way:
-        return both
+        return step
     if "moco" in way:
         queue = next(b for k, b in network.named_buffers() if k.endswith("queue")).numel()
-        return (both + forward) / 2 + 4 * queue  # a query meets every key, forward and backward
-    return both / 2
+        return (step + forward) / 2 + 4 * queue  # a query meets every key, forward and backward
+    return step / 2
 
 # %% ../nbs/40c_plans.ipynb #caa6a5a4
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELFSUP', 'ROWS', 'SYSTEMS', 'plain', 'code', 'Spec', 'System', 'Facts', 'system', 'kind', 'build', 'facts',
-           'standin', 'Size', 'meta_network', 'size', 'weights', 'steps_per_epoch', 'rewind_of', 'kept_weights',
-           'check']
+           'standin', 'Size', 'meta_network', 'network_key', 'size', 'weights', 'steps_per_epoch', 'rewind_of',
+           'kept_weights', 'check']
 
 # %% ../nbs/39a_specs.ipynb #c2d3e2cc
 import hashlib, inspect, json, math
@@ -597,14 +597,22 @@ def _size(key):
     )
 
 
+def network_key(
+    spec: Spec,  # whose
+) -> tuple:  # of names and numbers
+    "What decides a spec's network: specs with one key have equal networks, but for the weights"
+    f, what, way = facts(spec), kind(spec), [o for o in spec.task.split("/")[1:] if o in SELFSUP]
+    options = {k: v for k, v in spec.options.items() if k not in _READING}
+    own = (str(options), spec.task) if what == "scenes" else (str(options) if way else "", *way)
+    shape = (f.shape[0], f.classes) if what == "pictures" else (f.head, f.classes)
+    return (what, spec.model, spec.width, spec.stem, *shape, spec.preset, *own)
+
+
 class _Hashed:
-    "A spec as a key: equal if what it builds is equal"
+    "A spec as a key of a cache: equal if its network is equal"
 
     def __init__(self, spec):
-        self.spec, self.id = (
-            spec,
-            (spec.task, spec.model, spec.width, spec.stem, str(spec.preset), str(spec.options)),
-        )
+        self.spec, self.id = spec, network_key(spec)
 
     def __hash__(self):
         return hash(self.id)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import pandas as pd
-from scipy import stats
 from .basics import lookup
 from .connect import barrier, connectivity
 from rg_tickets.elastic import (
@@ -464,6 +463,8 @@ def agreement(
     level: float = 0.95,  # confidence
 ) -> dict:  # rho (mean over runs of Spearman's correlation of score and rank), se, low, high, runs
     "Does a criterion order the maps as training does"
+    from scipy import stats  # here, because it takes half a second that plans need not wait for
+
     wide = frame.pivot(index="map", columns=["target", "seed"], values="metric")
     rho = [stats.spearmanr(scores[wide.index], -wide[c]).statistic for c in wide]
     mean, se, low, high = interval(rho, level)

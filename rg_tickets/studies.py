@@ -19,7 +19,8 @@ from .progress import note
 from .rewind import PARTS, policy
 from .runs import check_count, complete, one_thread, waves, writable
 from .runs import write_csv, write_text
-from .specs import Spec, build, code, meta_network, rewind_of, steps_per_epoch
+from .specs import Spec, build, code, meta_network, network_key, rewind_of
+from .specs import steps_per_epoch
 from .tickets import Ticket, apply, fits
 from .train import Recipe, device as find_device
 from .transfer import KINDS, recorded, transfer, travelling
@@ -189,7 +190,7 @@ def check_crossing(
 ):
     "Refuse a crossing of which no record can be made, before any ticket is found"
     c = crossing
-    kind = lookup(c.kind, KINDS, "kind of transfer")
+    lookup(c.kind, KINDS, "kind of transfer")
     if c.weights is not None:
         lookup(c.weights, dict.fromkeys(("source", "target")), "origin of weights")
     if c.kind == "dense":
@@ -200,22 +201,34 @@ def check_crossing(
             f"ask for rounds 1 to {c.source.rounds}"
         )
     _check_start(c)
-    source, target = meta_network(c.source), meta_network(c.target)
-    history = MaskHistory.dense(prunable(source, c.source.preset))
-    ticket = Ticket(source.state_dict(), history, about=dict(model=c.source.model))
-    if not kind.head:
-        ticket = travelling(ticket, target, c.keep)
-    fits(ticket, target, kind.head)
+
+
+_FITTING = set()  # pairs that were found to fit
+
+
+def _check_fits(source, target, keep):
+    "Refuse a ticket that does not fit the target, from the two networks without their weights"
+    of, to = meta_network(source), meta_network(target)
+    history = MaskHistory.dense(prunable(of, source.preset))
+    ticket = Ticket(of.state_dict(), history, about=dict(model=source.model))
+    fits(travelling(ticket, to, keep), to, head=False)
 
 
 def check_crossings(
     crossings: list,  # of Crossing
 ):
     "Refuse crossings of which no record can be made; those that differ in seeds only are alike"
-    alike = lambda s: s.differences | dict(seed=0, control="imp")
-    key = lambda c: (code([alike(c.source), alike(c.target)]), c.n, c.kind, c.weights, c.keep)
+    alike = lambda s: code(s.differences | dict(seed=0, control="imp"))
+    ends = {c.id: (alike(c.source), alike(c.target)) for c in crossings}
+    key = lambda c: (*ends[c.id], c.n, c.kind, c.weights)
     for c in {key(c): c for c in crossings}.values():
         check_crossing(c)
+    for c in crossings:
+        pair = network_key(c.source), network_key(c.target), c.keep
+        if pair in _FITTING or KINDS[c.kind].head or (pair[0] == pair[1] and not c.keep):
+            continue
+        _check_fits(c.source, c.target, c.keep)
+        _FITTING.add(pair)
 
 # %% ../nbs/40b_studies.ipynb #91d3f0e2
 def transfers(

@@ -484,6 +484,21 @@ def _row(o, counted, measured):
     )
 
 
+def _rows(items, counted, measured):
+    "A row for each item; what differs in nothing but the seed is worked out once"
+    known, rows = {}, []
+    for o in items:
+        spec = o.target if crosses(o) else o
+        own = (
+            [getattr(o, k, None) for k in ("kind", "n", "density", "points")] if crosses(o) else []
+        )
+        key = (type(o), code(spec.differences | dict(seed=0)), *own, crosses(o) and o.source.task)
+        if key not in known:
+            known[key] = _row(o, counted, measured)
+        rows.append(known[key] | dict(seed=spec.seed, id=o.id))
+    return rows
+
+
 @dataclass
 class Plan:
     "An experiment, its runs, and what they need"
@@ -513,7 +528,7 @@ def plan_of(
     each = seconds / max(1, len(kinds))
     measured = {k: (s, measure(s, each, device)) for k, s in kinds.items()} if seconds else {}
     times = {k: m for k, (_, m) in measured.items()}
-    rows = [_row(o, counted, times) for o in [*work.runs, *work.crossings]]
+    rows = _rows([*work.runs, *work.crossings], counted, times)
     jobs = runs.workers(work.scope.get("jobs", 0), device)
     return Plan(work, pd.DataFrame(rows), counted, measured, root, jobs, tflops)
 

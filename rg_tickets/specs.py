@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELFSUP', 'ROWS', 'SYSTEMS', 'code', 'Spec', 'System', 'Facts', 'system', 'kind', 'build', 'facts', 'standin', 'Size',
-           'meta_network', 'network_key', 'size', 'weights', 'steps_per_epoch', 'rewind_of', 'kept_weights', 'check']
+           'meta_network', 'network_key', 'size', 'describe_pruning', 'weights', 'steps_per_epoch', 'rewind_of',
+           'kept_weights', 'check']
 
 # %% ../nbs/39a_specs.ipynb #c2d3e2cc
 import hashlib, inspect, json, math
@@ -18,7 +19,7 @@ import torch
 from .basics import as_int, generator, lookup, plain
 from .imp import CONTROLS, check_rewind, check_schedule
 from .masks import Schedule
-from .models.prunable import PRESETS, prunable
+from .models.prunable import PRESETS, describe, prunable
 from .models.resnets import resnet
 from .rewind import PRUNE_TYPES, check_source, policy
 from .tasks.core import Resident, Task
@@ -610,6 +611,22 @@ class _Hashed:
 def size(spec: Spec) -> Size:
     "Counts of a spec's network, made on the meta device"
     return _size(_Hashed(spec))
+
+# %% ../nbs/39a_specs.ipynb #6506d877
+def describe_pruning(
+    specs: list,  # of Spec
+) -> list:  # of lines, one for each network and preset
+    "What is pruned of the networks of some runs, and what is left dense and why"
+    found = {}
+    for s in specs:
+        found.setdefault(network_key(s), {}).setdefault(s.task, s)
+    lines = []
+    for tasks in found.values():
+        spec = next(iter(tasks.values()))
+        names = ", ".join([*tasks][:4]) + " ..." * (len(tasks) > 4)
+        said = describe(meta_network(spec), spec.preset)
+        lines.append(f"{spec.model} on {names}: {said}")
+    return lines
 
 # %% ../nbs/39a_specs.ipynb #8487c189
 def _text_weights(model):

@@ -6,298 +6,146 @@
 __all__ = ['KINDS', 'ArchiveError', 'read_module', 'Archive', 'read_run']
 
 # %% ../nbs/34_archives.ipynb #1e32c379
-import errno, math, pickle, re, zipfile
-from collections import OrderedDict
+import errno, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 import torch
-from .basics import lookup, patch_to
-from .flows import Flow
-from .imp import measure
+from .basics import lookup
+from rg_tickets.files import (
+    FileError,
+    Stored,
+    TorchFile,
+    find_tensors,
+    read_safetensors,
+    read_text,
+    tensor_at,
+)
+from .flows import Flow, check_round, round_facts
 from .masks import ALIVE, MaskHistory
-from .models.pretrained import _multiply, _strip, read_weights
+from .models.names import plain_tensors, tied
+from .models.pretrained import INNER
 from .tickets import Ticket, digest
 
 # %% ../nbs/34_archives.ipynb #39537196
-class ArchiveError(ValueError):
+class ArchiveError(FileError):
     "A run that cannot be read: nothing recognisable, a round missing, or rounds that do not belong together"
 
 
-class _Inert:
-    "Stands in for anything a file asks for: it keeps its state and does nothing"
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    append = extend = add = __setitem__ = __call__
+def _contents(path, inside=None):
+    "(file, name -> Stored, what holds them) of a file of torch.save"
+    file = TorchFile(path, ArchiveError)
+    try:
+        return file, *find_tensors(file.content, Stored, inside, path)
+    except FileError as e:
+        raise ArchiveError(str(e)) from None
+    except Exception as e:
+        raise file.damaged(e) from None
 
 
-class _Later:
-    "A tensor that lies in the file and has not been read"
-
-    __slots__ = "key", "dtype", "offset", "shape", "stride"
-
-    def __init__(self, *values):
-        for k, v in zip(self.__slots__, values):
-            setattr(self, k, v)
-
-
-class _Call:
-    "One of our own two functions, for one file: nothing a file does to it outlives the file"
-
-    __slots__ = ("f",)
-
-    def __init__(self, f):
-        self.f = f
-
-    def __call__(self, *args):
-        return self.f(*args)
-
-# %% ../nbs/34_archives.ipynb #1af5af78
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
-
-
-class _Reader(pickle.Unpickler):
-    "Containers, numbers and text; tensors become `_Later`, all else `_Inert`"
-
-    def __init__(self, file):
-        super().__init__(file)
-        tensor, same = (
-            _Call(
-                lambda storage, offset, shape, stride, *rest: _Later(
-                    *storage, offset, shape, stride
-                )
-            ),
-            _Call(lambda data, *rest: data),
-        )
-        self.known = {
-            "_rebuild_tensor_v2": tensor,
-            "_rebuild_tensor": tensor,
-            "_rebuild_parameter": same,
-            "_rebuild_parameter_with_state": same,
-        }
-        self.dtypes, self.inert = {}, type("_Inert", (_Inert,), {})  # a class for this file alone
-
-    def find_class(self, module, name):
-        "Never imports: one of our own, or a stand-in"
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in ("torch", "torch.cuda") and name in _DTYPES:
-            return _DTYPES[name]
-        return self.known.get(name, self.inert) if module == "torch._utils" else self.inert
-
-    def persistent_load(self, pid):
-        "Where torch's own storages, and in old files the text of classes, come in"
-        if pid[0] != "storage":
-            return self.inert
-        if not isinstance(pid[1], torch.dtype) or (len(pid) > 5 and pid[5] is not None):
-            raise pickle.UnpicklingError("an unknown kind of storage")
-        self.dtypes[pid[2]] = pid[1]
-        return pid[2], pid[1]
-
-# %% ../nbs/34_archives.ipynb #4155d765
-class _File:
-    "A file of torch.save, opened: `content`, and `tensor` to read what is wanted of it"
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
-        try:
-            self.content, self.bytes = (_zip if zipfile.is_zipfile(path) else _old)(self.path)
-        except (MemoryError, PermissionError, ArchiveError):
-            raise
-        except Exception as e:
-            raise self.damaged(
-                e
-            ) from None  # a pickle that is no file of torch.save can fail in any way
-
-    def damaged(self, e):
-        return ArchiveError(
-            f"{self.path} cannot be read as a file of torch.save ({type(e).__name__}: {str(e)[:80]}): it was cut short, damaged, or is another kind of file. Copy it again"
-        )
-
-    def tensor(self, later):
-        "Read one tensor"
-        try:
-            raw = bytearray(self.bytes(later.key))
-            flat = (
-                torch.frombuffer(raw, dtype=later.dtype)
-                if raw
-                else torch.empty(0, dtype=later.dtype)
-            )
-            if math.prod(later.shape) > len(flat):
-                raise ValueError("a tensor is larger than its storage")
-            return flat.as_strided(later.shape, later.stride, later.offset)
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as e:
-            raise self.damaged(e) from None
-
-
-def _zip(path):
-    "Content of the present format, and a function from a storage's key to its bytes"
-    z = zipfile.ZipFile(path)
-    name = next(n for n in z.namelist() if n.endswith("/data.pkl"))
-    root = name.removesuffix("data.pkl")
-    if any(o.compress_type != zipfile.ZIP_STORED for o in z.infolist()):
-        raise ValueError("torch does not compress, this archive does")
-    if f"{root}byteorder" in z.namelist() and z.read(f"{root}byteorder") != b"little":
-        raise ValueError("written on a big-endian machine")
-    return _Reader(BytesIO(z.read(name))).load(), lambda key: z.read(
-        f"{root}data/{key}"
-    )  # compares checksums
-
-# %% ../nbs/34_archives.ipynb #d4e52863
-def _old(path):
-    "Content of the format before 2020, and a function from a storage's key to its bytes"
-    f = path.open("rb")
-    if f.read(1) != b"\x80":
-        raise ValueError("no pickle")
-    f.seek(0)
-    if _Reader(f).load() != 0x1950A86A20F9469CFC6C:
-        raise ValueError("a pickle, but not of torch")
-    for _ in range(2):
-        _Reader(f).load()  # protocol, and facts on the machine
-    reader = _Reader(f)
-    content, places, size = reader.load(), {}, path.stat().st_size
-    for key in _Reader(f).load():
-        n = int.from_bytes(f.read(8), "little") * reader.dtypes[key].itemsize
-        places[key] = (f.tell(), n)
-        if f.tell() + n > size:
-            raise ValueError("it ends in the middle of a tensor")
-        f.seek(n, 1)
-
-    def read(key):
-        f.seek(places[key][0])
-        return f.read(places[key][1])
-
-    return content, read
-
-# %% ../nbs/34_archives.ipynb #cb2ae201
-_INSIDE = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "backbone",
-)  # where training scripts keep weights
-
-
-def _walk(module, prefix="", seen=None):
-    "name -> `_Later` of parameters and buffers below a pickled module; each module once"
-    seen, state = set() if seen is None else seen, getattr(module, "state", None)
-    if not isinstance(state, dict) or id(module) in seen:
-        return {}
-    seen.add(id(module))
-    parts = [
-        state.get(k) if isinstance(state.get(k), dict) else {}
-        for k in ("_parameters", "_buffers", "_modules")
-    ]
-    found = {
-        f"{prefix}{k}": t for part in parts[:2] for k, t in part.items() if isinstance(t, _Later)
-    }
-    for k, child in parts[2].items():
-        found |= _walk(child, f"{prefix}{k}.", seen)
-    return found
-
-
-def _named(content):
-    "name -> `_Later`, in a network, a state, or a checkpoint with either in it"
-    if isinstance(content, dict):
-        content = next(
-            (content[k] for k in _INSIDE if isinstance(content.get(k), (dict, _Inert))), content
-        )
-    return (
-        {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, _Later)}
-        if isinstance(content, dict)
-        else _walk(content)
-    )
+def _explain_empty(path):
+    return f"{path} holds no tensors with names: neither a network nor a state_dict is in it"
 
 
 def read_module(
-    path,  # a file of torch.save: a whole pickled network, a checkpoint with one in it, or with a state_dict
+    path,  # a file of torch.save: a pickled network, a state_dict, or a checkpoint with one of them
     want: Callable = lambda name: True,  # which tensors to read, by name
-) -> dict[str, torch.Tensor]:  # name -> CPU tensor; parameters and buffers
-    "The tensors of any file of torch.save, pickled networks included; no code in it is run, and one without tensors is an ArchiveError"
-    file = _File(path)
-    try:
-        named = _named(file.content)
-    except Exception as e:
-        raise file.damaged(e) from None
+    inside: str | None = None,  # where in its dictionaries to look, "a.b"; None: the usual places
+) -> dict[str, torch.Tensor]:  # name -> CPU tensor; quantised, sparse and the like are left out
+    "Read the tensors of any file of torch.save, running nothing; none at all is an ArchiveError"
+    file, named, _ = _contents(path, inside)
     if not named:
-        raise ArchiveError(
-            f"{path} holds no tensors with names: neither a network nor a state_dict is in it"
-        )
-    return {k: file.tensor(t) for k, t in named.items() if want(k)}
+        raise ArchiveError(_explain_empty(path))
+    return file.read({k: t for k, t in named.items() if want(k) and not t.odd})
 
 # %% ../nbs/34_archives.ipynb #f826adf3
-def _few(items, limit=3):
-    "The first few of `items`, and how many more"
-    items = list(map(str, items))
-    return ", ".join(items[:limit]) + (
-        f" and {len(items) - limit} more" if len(items) > limit else ""
-    )
+_PRUNED = ("_orig", "_mask")  # what torch.nn.utils.prune leaves of a weight
 
 
-def _checked(label, weights, masks, first):
-    "(weights, bool masks) of a round, if they belong together and to the first round read, name -> shape"
-    lost, odd = (
-        [k for k in masks if k not in weights],
-        [k for k, m in masks.items() if not ((m == 0) | (m == 1)).all()],
-    )
-    if not masks:
-        raise ArchiveError(f"{label} holds no masks")
-    if lost:
-        raise ArchiveError(
-            f"{label}: there is a mask but no weight for {_few(lost)}: mask and weights are of different networks"
-        )
-    if odd:
-        raise ArchiveError(f"{label}: the mask of {_few(odd)} holds other numbers than 0 and 1")
-    shape = {k: tuple(m.shape) for k, m in masks.items()}
-    bad = [
-        f"{k} ({tuple(weights[k].shape)} and its mask {s})"
-        for k, s in shape.items()
-        if tuple(weights[k].shape) != s
-    ]
-    if bad:
-        raise ArchiveError(f"{label}: weight and mask have different shapes: {_few(bad)}")
-    bad = [
-        f"{k} ({shape.get(k, 'absent')} here, {(first or shape).get(k, 'absent')} before)"
-        for k in shape | (first or shape)
-        if shape.get(k) != (first or shape).get(k)
-    ]
-    if bad:
-        raise ArchiveError(
-            f"{label} does not belong to the rounds before it: {_few(bad)}. Are two runs mixed in one folder?"
-        )
-    bad = [k for k, m in masks.items() if not weights[k][m.bool()].isfinite().all()]
-    if bad:
-        raise ArchiveError(
-            f"{label}: {_few(bad)} holds weights that are NaN or infinite: training diverged, or the file is damaged; leave this round and those after it out"
-        )
-    return {k: weights[k] for k in masks}, {k: m.bool() for k, m in masks.items()}
+def _renamed(named):
+    "The same values under plain names; names of two networks at once are an ArchiveError"
+    marks = {k: torch.tensor(i) for i, k in enumerate(named)}
+    try:
+        plain = plain_tensors(marks)
+    except ValueError as e:
+        raise ArchiveError(str(e)) from None
+    values = list(named.values())
+    plain = {k: values[int(i)] for k, i in plain.items()}
+    for prefix in INNER:
+        if any(k.startswith(prefix) for k in plain):
+            return {k.removeprefix(prefix): t for k, t in plain.items() if k.startswith(prefix)}
+    return plain
+
+
+def _without_lightning(named, content):
+    "Names without the attribute of a LightningModule in which all of the network is"
+    first = {k.partition(".")[0] for k in named}
+    if isinstance(content, dict) and "pytorch-lightning_version" in content and len(first) == 1:
+        return {k.partition(".")[2]: t for k, t in named.items()}
+    return named
+
+
+def _place(t):
+    "Where in a file a tensor lies; two names of one tensor have one place"
+    return (t.key, t.offset, t.shape, t.stride) if isinstance(t, Stored) else id(t)
+
+
+class _Source:
+    "A file of weights or masks: which tensors it has, and those that are wanted"
+
+    def __init__(self, path, inside=None):
+        self.path = Path(path)
+        with self.path.open("rb") as f:
+            start = f.read(9)
+        if start[8:] == b"{" or self.path.suffix == ".safetensors":
+            self.file, self.holder = None, None
+            self.named = _renamed(read_safetensors(self.path, ArchiveError))
+            return
+        self.file, named, self.holder = _contents(self.path, inside)
+        self.named = _without_lightning(_renamed(named), self.file.content)
+
+    def read(self, want):
+        "The tensors whose names `want` is true of; one of them that is no ordinary one is an error"
+        chosen = {k: t for k, t in self.named.items() if want(k)}
+        return self.file.read(chosen) if self.file else chosen
+
+    def everything(self):
+        "All tensors that are ordinary ones"
+        return self.read(lambda k: not getattr(self.named[k], "odd", ""))
+
+    def weights(self, names=()):
+        "X_orig and X_mask of all pruned layers, and the tensors called `names`, under all their names"
+        self.know(names)
+        wanted = {k for k in self.named if k.endswith(_PRUNED)} | set(names)
+        places = {_place(self.named[k]) for k in wanted if k in self.named}
+        wanted |= {k for k, t in self.named.items() if _place(t) in places}
+        return self.read(wanted.__contains__)
+
+    def know(self, names):
+        "Find names that lead to a tensor through a module which is listed under another name"
+        for name in (k + end for k in names for end in ("", *_PRUNED)):
+            t = tensor_at(self.holder, name) if self.file and name not in self.named else None
+            if t is not None:
+                self.named[name] = t
+
+    def masks(self):
+        "The masks of a file that has nothing else, name of the weight -> tensor"
+        found = self.read(lambda k: True)
+        return {k.removesuffix("_mask"): m for k, m in found.items()}
+
+    def pruned(self):
+        "Names of the weights that have a mask in this file"
+        return [k.removesuffix("_mask") for k in self.named if k.endswith("_mask")]
+
+# %% ../nbs/34_archives.ipynb #75d164de
+@dataclass
+class _Part:
+    "How to read one round"
+
+    label: str  # for errors
+    read: Callable  # gives weights, masks and a dictionary of scores
+    masks: Callable  # gives the masks alone, or what shows which weights are pruned
+    number: int | None = None  # the round that its name says, if it says one
 
 
 class _Rounds(Sequence):
@@ -312,174 +160,358 @@ class _Rounds(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        label, read = self.parts[i]
-        weights, masks, *metrics = read()
-        weights, masks = _checked(label, weights, masks, self.first)
-        self.first = self.first or {k: tuple(m.shape) for k, m in masks.items()}
+        part = self.parts[i]
+        weights, masks, *metrics = part.read()
+        weights, masks, _ = check_round(weights, masks, self.first, part.label, ArchiveError)
+        self.first = self.first or {k: m.to("meta") for k, m in masks.items()}
         self.metrics[i % len(self)] = metrics[0] if metrics else {}
         return weights, masks
 
-# %% ../nbs/34_archives.ipynb #75d164de
+# %% ../nbs/34_archives.ipynb #bf9d44c3
+def _plain_state(state):
+    "(name -> tensor, alias -> first name): a state under plain names, each tensor once"
+    named = _renamed({k: t for k, t in state.items() if isinstance(t, torch.Tensor)})
+    alias = tied(named)
+    return {k: t for k, t in named.items() if k not in alias}, alias
+
+
+def _write_pruned(pruned_at, masks, n, where):
+    "Note round `n` for weights that are pruned now and were not before; others are an error"
+    back = {k: int((masks[k] & (d != ALIVE)).sum()) for k, d in pruned_at.items()}
+    if any(back.values()):
+        raise ArchiveError(
+            f"{where} cannot be a ticket: in round {n} {sum(back.values())} weights are kept that "
+            f"were pruned before, first in {next(k for k in back if back[k])!r}. `audit` tells more"
+        )
+    for k, d in pruned_at.items():
+        d[~masks[k] & (d == ALIVE)] = n
+
+
+def _same_tensors(masks, pruned_at, where):
+    "The masks of the tensors of a run, as bool; one that is missing is an error"
+    lost = [k for k, d in pruned_at.items() if k not in masks or masks[k].shape != d.shape]
+    if lost:
+        raise ArchiveError(f"the last mask of {where} has none of the right shape for {_few(lost)}")
+    return {k: masks[k] != 0 for k in pruned_at}
+
+
 @dataclass
 class Archive:
     "A run that was read from files: its rounds, and what is known of it"
 
     kind: str  # a name in `KINDS`
-    rounds: Sequence  # of (weights, masks): name -> trained weights, name -> bool mask that was in force; read when asked for
+    rounds: Sequence  # of (weights, masks): trained weights, masks in force; read when asked for
     n: list  # how many prunings each round has behind it
     about: dict = field(default_factory=dict)  # task, model and path, as far as the files tell
     notes: list = field(default_factory=list)  # what a reader of the numbers should know
-    start: Callable | None = (
-        None  # gives the state to rewind to, name -> tensor, if the files hold it
-    )
+    start: Callable | None = None  # gives the state to rewind to, if the files hold it
     after: Callable | None = None  # gives the mask made of the last round, if the files hold it
+    claims: dict = field(default_factory=dict)  # rate, scope, dense: what the run says of itself
+    ranked: bool = True  # whether the weights are those that were ranked, and not another epoch's
 
     def __repr__(self):
-        return (
-            f"Archive({self.kind}: {len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}"
-            + "".join(f"; {o}" for o in self.notes)
-            + ")"
-        )
+        span = f"{len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}"
+        return f"Archive({self.kind}: {span}" + "".join(f"; {o}" for o in self.notes) + ")"
 
-
-@patch_to(Archive)
-def measured(self) -> list:
-    "What `23_imp` measures, of every round: a list of dicts; files are read one round at a time"
-    rows = []
-    for i, n in enumerate(self.n):
+    def round(self, i: int) -> tuple:
+        "Return (weights, masks) of one round under plain names, checked"
         weights, masks = self.rounds[i]
-        tensors = measure(weights, masks)
-        alive, total = (sum(t[k] for t in tensors) for k in ("alive", "count"))
-        if not alive:
+        if isinstance(self.rounds, _Rounds):
+            return weights, masks
+        where = f"round {self.n[i]} of {self.about.get('path', 'this run')}"
+        return check_round(weights, masks, None, where, ArchiveError)[:2]
+
+    def measured(self) -> list:
+        "Return the facts of every round as a ticket stores them; files are read one at a time"
+        out = []
+        for i, n in enumerate(self.n):
+            weights, masks = self.round(i)
+            scores = getattr(self.rounds, "metrics", {}).get(i, {})
+            where = f"round {n} of {self.about.get('path', 'this run')}"
+            out.append(round_facts(n, weights, masks, scores, where, ArchiveError))
+        return out
+
+    def flow(self, seed=0, **labels) -> Flow:
+        "Return the run as a `Flow`; labels as in `Flow.of`, by default what the files tell"
+        known = {k: self.about[k] for k in ("task", "model") if k in self.about}
+        return Flow.of(self.measured(), seed, **(known | {"control": "imp"} | labels))
+
+    def ticket(self, start=None) -> Ticket:
+        "Return the run as a `Ticket`; `start`: state to rewind to, where the files do not hold it"
+        where = self.about.get("path", "this run")
+        if start is None and self.start is None:
             raise ArchiveError(
-                f"no weight is alive in round {n} of {self.about.get('path', 'this run')}: a density of 0 is no network; leave its files out"
+                f"{where} does not hold the weights to rewind to: give them, "
+                "start=read_weights('initial.pth')"
             )
-        scores = {"accuracy": math.nan} | self.rounds.metrics.get(i, {})
-        threshold = min(t["smallest"] for t in tensors if t["alive"])
-        rows.append(
-            dict(
-                n=n,
-                time=math.log(total / alive),
-                density=alive / total,
-                loss=math.nan,
-                metrics=scores,
-                threshold=threshold,
-                tensors=tensors,
+        state, alias = _plain_state(start if start is not None else self.start())
+        rows, history = self.measured(), self.history(where)
+        bad = [k for k, d in history.died.items() if k not in state or state[k].shape != d.shape]
+        if bad:
+            raise ArchiveError(
+                f"the weights to rewind to do not fit the masks of {where}: {_few(bad)}"
             )
-        )
-    return rows
+        about = dict(self.about, archive=self.kind, notes=self.notes)
+        return Ticket(state, history, rows, about | ({"tied": alias} if alias else {}))
+
+    def history(self, where: str = "this run") -> MaskHistory:
+        "Return the masks as one history; masks that are not nested are an ArchiveError"
+        pruned_at = None
+        for i, n in enumerate(self.n):
+            masks = self.round(i)[1]
+            pruned_at = pruned_at or MaskHistory.dense(masks).died
+            _write_pruned(pruned_at, masks, n, where)
+        last = self.after() if self.after else None
+        if last is not None and any(m.any() for m in last.values()):
+            n += 1
+            _write_pruned(pruned_at, _same_tensors(last, pruned_at, where), n, where)
+        return MaskHistory(pruned_at, n)
 
 
-@patch_to(Archive)
-def flow(self, seed=0, **labels):
-    "The run as a `Flow`; labels task, model and control as in `Flow.of`, by default what the files tell"
-    known = {k: self.about[k] for k in ("task", "model") if k in self.about}
-    return Flow.of(self.measured(), seed, **(known | {"control": "imp"} | labels))
-
-# %% ../nbs/34_archives.ipynb #bf9d44c3
-def _bury(died, masks, n, where):
-    "Write round `n` for those that are dead now and were not before; weights that came back are an error"
-    back = {k: int((masks[k] & (d != ALIVE)).sum()) for k, d in died.items()}
-    if any(back.values()):
-        raise ArchiveError(
-            f"{where} cannot be a ticket: in round {n} {sum(back.values())} weights are alive that were dead before, first in {next(k for k in back if back[k])!r}. `audit` tells more"
-        )
-    for k, d in died.items():
-        d[~masks[k] & (d == ALIVE)] = n
-
-
-@patch_to(Archive)
-def ticket(self, start=None) -> Ticket:
-    "The run as a `Ticket`; `start`: state to rewind to, name -> tensor, where the files do not hold it"
-    where = self.about.get("path", "this run")
-    if start is None and self.start is None:
-        raise ArchiveError(
-            f"{where} does not hold the weights to rewind to: give them, start=read_weights('initial.pth')"
-        )
-    state, died, rows = start if start is not None else self.start(), {}, self.measured()
-    for n, (_, masks) in zip(self.n, self.rounds):
-        if not died:
-            died = MaskHistory.dense(masks).died
-        _bury(died, masks, n, where)
-    last = self.after() if self.after else None
-    if last is not None and any(m.any() for m in last.values()):
-        _bury(died, last, n := n + 1, where)
-    bad = [k for k, d in died.items() if k not in state or state[k].shape != d.shape]
-    if bad:
-        raise ArchiveError(f"the weights to rewind to do not fit the masks of {where}: {_few(bad)}")
-    return Ticket(
-        dict(state),
-        MaskHistory(died, n),
-        rows,
-        dict(self.about, archive=self.kind, notes=self.notes),
-    )
+def _few(items, limit=3):
+    "The first few of `items`, and how many more"
+    items = list(map(str, items))
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 # %% ../nbs/34_archives.ipynb #888241ac
+@dataclass
+class _Census:
+    "What the masks of a round say about its place in the run"
+
+    kept: int  # weights
+    total: int  # weights
+    mark: str  # digest of the masks
+
+    @property
+    def density(self):
+        return self.kept / max(self.total, 1)
+
+
+def _bool_masks(masks):
+    return {k: m if m.dtype == torch.bool else m != 0 for k, m in masks.items()}
+
+
+def _counted(part):
+    "The census of a round"
+    masks = _bool_masks(part.masks())
+    if not masks:
+        raise ArchiveError(f"{part.label} holds no masks")
+    kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+    return _Census(kept, total, digest(masks))
+
+
+def _consecutive(numbers):
+    "Are these whole numbers, each one more than the one before"
+    whole = all(isinstance(n, int) for n in numbers)
+    return whole and all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
+
+
+def _order(parts, counts, fixed):
+    "(order of the parts by density, a note if their names say another one)"
+    by_density = sorted(range(len(parts)), key=lambda i: -counts[i].density)
+    if by_density == list(range(len(parts))):
+        return by_density, []
+    rise = next(i for i in range(1, len(parts)) if counts[i].density > counts[i - 1].density)
+    said = f"{parts[rise].label} keeps more weights than {parts[rise - 1].label}"
+    rising = all(a.density < b.density for a, b in zip(counts, counts[1:]))
+    if fixed or (_consecutive([part.number for part in parts]) and not rising):
+        return list(range(len(parts))), [f"names and densities contradict: {said}"]
+    return by_density, [f"rounds are in the order of their densities, not of their names: {said}"]
+
+
+def _explain_seeds(path, names):
+    "What to do with several runs in one folder"
+    return (
+        f"{path} holds several runs, {_few(names)}, and not the rounds of one. Read each by itself, "
+        "and join them: Flow.join(*(read_run(p).flow(seed=i) for i, p in enumerate(paths))); "
+        "or name them alike, rg-tickets compare NAME=PATH NAME=PATH"
+    )
+
+
+def _check_one_run(parts, counts, path, repeats):
+    "Raise an ArchiveError for masks of the same density that are not nested, or that never change"
+    for (a, x), (b, y) in zip(zip(parts, counts), zip(parts[1:], counts[1:])):
+        if x.mark == y.mark or abs(x.kept - y.kept) > 0.005 * max(x.kept, 1):
+            continue
+        before, after = _bool_masks(a.masks()), _bool_masks(b.masks())
+        shared = [k for k in before if k in after and before[k].shape == after[k].shape]
+        back = sum(int((after[k] & ~before[k]).sum()) for k in shared)
+        if back > 0.01 * x.kept:
+            raise ArchiveError(
+                f"{a.label} and {b.label} keep equally many weights, and {back:,} of them are "
+                f"others: neither mask was made from the other. {_explain_seeds(path, _labels(parts))}"
+            )
+    if not repeats and len(parts) > 1 and len({count.mark for count in counts}) == 1:
+        raise ArchiveError(
+            f"all {len(parts)} masks of {path} are the same, so nothing was pruned between them. "
+            f"If these are runs with different seeds: {_explain_seeds(path, _labels(parts))}"
+        )
+
+
+def _labels(parts):
+    return [Path(part.label.partition(" and ")[0]).name for part in parts]
+
+# %% ../nbs/34_archives.ipynb #1501d641
+def _numbers_of(parts, counts, fixed):
+    "(n of each round, a note if the names say other numbers); fixed: the layout knows its numbers"
+    said = [part.number for part in parts]
+    dense = counts[0].kept == counts[0].total
+    if _consecutive(said) and (fixed or (said[0] == 0) == dense):
+        return said, []
+    n = list(range(not dense, len(parts) + (not dense)))
+    if not _consecutive(said):
+        return n, []
+    why = "is dense" if dense else "is pruned already"
+    return n, [f"names begin with {said[0]}, and the first round {why}: it is round {n[0]}"]
+
+
+def _ranged(parts, path, fixed=False, repeats=False, after=False):
+    "(parts in order, n of each, notes, censuses in order); fixed: names decide; repeats: same masks"
+    if len(parts) > _MOST_ROUNDS:
+        raise ArchiveError(f"{path} holds {len(parts):,} rounds, more than {_MOST_ROUNDS:,}")
+    counts = [_counted(part) for part in parts]
+    order, notes = _order(parts, counts, fixed)
+    parts, counts = [parts[i] for i in order], [counts[i] for i in order]
+    _check_one_run(parts, counts, path, repeats)
+    n, more = _numbers_of(parts, counts, fixed)
+    return parts, n, notes + ([] if after else more), counts
+
+
+_MOST_ROUNDS = 10_000
+
+# %% ../nbs/34_archives.ipynb #23df52d7
 def _places(path, pattern):
     "Number -> path of what is in a folder and has a name like `pattern`, in order"
-    found = {int(m[1]): p for p in path.iterdir() if (m := re.fullmatch(pattern, p.name))}
+    matches = [(re.fullmatch(pattern, p.name), p) for p in path.iterdir()]
+    found = {}
+    for match, p in matches:
+        if match and len(match[1]) > 12:
+            raise ArchiveError(f"{str(p)[:200]} has a number that no round reaches: take it away")
+        if match:
+            found[int(match[1])] = p
     return {n: found[n] for n in sorted(found)}
 
 
-def _gapless(found, where, what):
-    "Refuse a sequence of rounds with a hole in it"
-    lost = sorted(set(range(min(found), max(found) + 1)) - set(found))
-    if lost:
-        raise ArchiveError(
-            f"{where} has {what.format(min(found))} to {what.format(max(found))}, but {_few(map(what.format, lost))} is missing: copy it, or take away what comes after"
-        )
+def _check_gapless(numbers, where, what):
+    "Raise an ArchiveError for a sequence of rounds with a hole in it; numbers: sorted"
+    numbers = sorted(numbers)
+    lost = numbers[-1] - numbers[0] + 1 - len(numbers)
+    if not lost:
+        return
+    gaps = [(a + 1, b) for a, b in zip(numbers, numbers[1:]) if b > a + 1]
+    named = [n for a, b in gaps[:3] for n in range(a, min(b, a + 3))][:3]
+    more = f" and {lost - len(named)} more" if lost > len(named) else ""
+    raise ArchiveError(
+        f"{where} has {what.format(numbers[0])} to {what.format(numbers[-1])}, but "
+        f"{', '.join(map(what.format, named))}{more} is missing: copy it, or take away what comes after"
+    )
 
 
 def _one_below(path, pattern):
     "`path`, or the only folder below it, at most two down, in which names like `pattern` are"
     has = lambda p: any(o.is_dir() and re.fullmatch(pattern, o.name) for o in p.iterdir())
-    found = [
-        p
-        for p in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/")))
-        if p.is_dir() and has(p)
-    ]
+    below = (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/")))
+    found = [p for p in below if p.is_dir() and has(p)]
     if len(found) > 1:
         raise ArchiveError(
-            f"{path} holds {len(found)} runs: name one of {_few([p.relative_to(path) for p in found], 5)}"
+            f"{path} holds {len(found)} runs: name one of "
+            f"{_few([p.relative_to(path) for p in found], 5)}. Repetitions with other seeds are "
+            "joined: Flow.join(*(read_run(p).flow(seed=i) for i, p in enumerate(paths)))"
         )
     return found[0] if found else None
 
 
 def _scores(path):
     "Last test accuracy and loss in a logger of open_lth"
-    last = (
-        {
-            k: float(v)
-            for k, _, v in (
-                line.split(",") for line in path.read_text().splitlines() if line.count(",") == 2
-            )
-        }
-        if path.is_file()
-        else {}
-    )
-    return {
-        new: last[old]
-        for old, new in (("test_accuracy", "accuracy"), ("test_loss", "loss"))
-        if old in last
-    }
+    last = {}
+    text = read_text(path, ArchiveError) if path.is_file() else ""
+    for i, line in enumerate(text.splitlines(), 1):
+        name, _, value = line.rpartition(",")
+        name = name.partition(",")[0]
+        if name in ("test_accuracy", "test_loss"):
+            last[name.removeprefix("test_")] = _number(value, path, i)
+    return {k: last[k] for k in ("accuracy", "loss") if k in last}
 
-# %% ../nbs/34_archives.ipynb #1501d641
+
+def _number(text, path, line):
+    "A number in a log, or an ArchiveError that says where it should be"
+    try:
+        return float(text)
+    except ValueError:
+        raise ArchiveError(
+            f"{path}, line {line}: {text[:40]!r} is no number; a logger of open_lth has lines "
+            "'name,iteration,number'. Mend it, or take it away: then accuracies are not known"
+        ) from None
+
+
+def _hparams(path):
+    "What hparams.log of a level says: name -> text, the first where a name comes twice"
+    text = read_text(path, ArchiveError) if path.is_file() else ""
+    said = {}
+    for name, value in re.findall(r"^\s*\*\s*(\w+) => (.*?)\s*$", text, re.M):
+        said.setdefault(name, value)
+    return said
+
+
+def _claims(said):
+    "What a run claims of its pruning: rate, scope, and the tensors that are left dense"
+    claims = {}
+    if re.fullmatch(r"0?\.\d+(e-\d+)?", said.get("pruning_fraction", "")):
+        claims["rate"] = float(said["pruning_fraction"])
+    if said.get("pruning_strategy", "").startswith("sparse_global"):
+        claims["scope"] = "global"
+    ignored = said.get("pruning_layers_to_ignore", "None")
+    if ignored != "None":
+        claims["dense"] = [k.strip() for k in ignored.split(",") if k.strip()]
+    return claims
+
+# %% ../nbs/34_archives.ipynb #e7278655
 def _models(level):
     "Files of a level's weights from start to end; one with a suffix only if there is none without"
-    found = {
-        (int(m[1]), int(m[2]), m[3]): p
+    matches = [
+        (re.fullmatch(r"model_ep(\d{1,9})_it(\d{1,9})(.*)\.pth", p.name), p)
         for p in level.iterdir()
-        if (m := re.fullmatch(r"model_ep(\d+)_it(\d+)(.*)\.pth", p.name))
-    }
+    ]
+    found = {(int(m[1]), int(m[2]), m[3]): p for m, p in matches if m}
     kept = [k for k in found if not k[2]] or list(found)
     return [found[k] for k in sorted(kept)]
 
 
 def _mask_file(level):
     "The mask of a level, or None"
-    return next(
-        (p for p in [level / "mask.pth", *sorted(level.glob("mask*.pth"))] if p.is_file()), None
-    )
+    files = [level / "mask.pth", *sorted(level.glob("mask*.pth"))]
+    return next((p for p in files if p.is_file()), None)
+
+
+def _level(root, n, at):
+    "How to read a level that was trained"
+    end, mask = _models(at)[-1], _mask_file(at)
+
+    def read():
+        masks = _Source(mask).masks()
+        return _Source(end).weights(masks), masks, _scores(at / "logger")
+
+    return _Part(f"level {n} of {root}", read, lambda: _Source(mask).masks(), n)
+
+
+def _trained_levels(levels, root):
+    "(levels that were trained, the last one if it waits for its training)"
+    for n, p in levels.items():
+        if not p.is_dir() or not _mask_file(p):
+            raise ArchiveError(
+                f"{p / 'mask.pth'} is missing: level {n} was not begun; copy it, or take the "
+                "folder away"
+            )
+    trained = [n for n, p in levels.items() if len(_models(p)) > 1]
+    waiting = [n for n in levels if n not in trained]
+    if waiting and (waiting != [max(levels)] or not trained):
+        raise ArchiveError(
+            f"level {waiting[0]} of {root} has {len(_models(levels[waiting[0]]))} "
+            "model_ep*_it*.pth of the 2 that are there after training, at start and end: "
+            "it is not finished"
+        )
+    return trained, waiting
 
 
 def _open_lth(path, after):
@@ -488,106 +520,61 @@ def _open_lth(path, after):
     if not root:
         return None
     levels = {n: p / "main" for n, p in _places(root, r"level_(\d+)").items()}
-    _gapless(levels, root, "level_{}")
-    for n, p in levels.items():
-        if not p.is_dir() or not _mask_file(p):
-            raise ArchiveError(
-                f"{p / 'mask.pth'} is missing: level {n} was not begun; copy it, or take the folder away"
-            )
-    trained = [n for n, p in levels.items() if len(_models(p)) > 1]
-    waiting = [n for n in levels if n not in trained]
-    if waiting and (waiting != [max(levels)] or not trained):
-        raise ArchiveError(
-            f"level {waiting[0]} of {root} has {len(_models(levels[waiting[0]]))} model_ep*_it*.pth of the 2 that are there after training, at start and end: it is not finished"
-        )
-
-    def read(n):
-        return (
-            read_weights(_models(levels[n])[-1]),
-            read_weights(_mask_file(levels[n])),
-            _scores(levels[n] / "logger"),
-        )
-
-    parts = [(f"level {n} of {root}", lambda n=n: read(n)) for n in trained]
-    hparams = levels[0] / "hparams.log"
-    said = dict(re.findall(r"(\w+) => (\S+)", hparams.read_text())) if hparams.is_file() else {}
-    about = {"path": str(root)} | {
-        new: said[old]
-        for old, new in (("model_name", "model"), ("dataset_name", "task"))
-        if old in said
-    }
-    last = (
-        (lambda: {k: m.bool() for k, m in read_weights(_mask_file(levels[waiting[0]])).items()})
-        if waiting
-        else None
-    )
-    notes = [f"level {n} has a mask and is not trained" for n in waiting] + [
-        "levels of a pre-training are left out"
-    ] * (root / "level_pretrain").is_dir()
-    return Archive(
-        "open_lth",
-        _Rounds(parts),
-        trained,
-        about,
-        notes,
-        lambda: read_weights(_models(levels[0])[0]),
-        last,
-    )
+    _check_gapless(levels, root, "level_{}")
+    trained, waiting = _trained_levels(levels, root)
+    parts = [_level(root, n, levels[n]) for n in trained]
+    parts, n, notes, _ = _ranged(parts, root, fixed=True)
+    said = _hparams(levels[0] / "hparams.log")
+    known = (("model_name", "model"), ("dataset_name", "task"))
+    about = {"path": str(root)} | {new: said[old] for old, new in known if old in said}
+    notes += [f"level {n} has a mask and is not trained" for n in waiting]
+    notes += ["levels of a pre-training are left out"] * (root / "level_pretrain").is_dir()
+    last = (lambda: _Source(_mask_file(levels[waiting[0]])).masks()) if waiting else None
+    start = lambda: _Source(_models(levels[0])[0]).everything()
+    claims = _claims(said)
+    return Archive("open_lth", _Rounds(parts), n, about, notes, start, last, claims)
 
 # %% ../nbs/34_archives.ipynb #e6c9780d
-def _pruned(k):
-    return k.endswith(("_orig", "_mask"))
-
-
-def _own(tensors):
-    "Names without the marks of parallel training and of MoCo"
-    return _strip(tensors, ("backbone.", "weights/"))[0] if tensors else {}
-
-
-def _entry(path, key):
-    "What a checkpoint holds under `key`, or None"
-    content = _File(path).content
-    return content.get(key) if isinstance(content, dict) else None
-
-
-def _state(path, names=None, inside=None):
+def _state(path, names=(), inside=None):
     "(weights, masks) of a file with X_orig and X_mask; a file without them is dense in `names`"
-    file = _File(path)
-    try:
-        found = _own(_named(file.content[inside] if inside else file.content))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise file.damaged(e) from None
-    some = {k: file.tensor(t) for k, t in found.items() if _pruned(k) or k in (names or ())}
-    masks = {k.removesuffix("_mask"): m for k, m in some.items() if k.endswith("_mask")}
+    source = _Source(path, inside)
+    weights = source.weights(names)
+    masks = {k: weights[f"{k}_mask"] for k in source.pruned() if f"{k}_mask" in weights}
     if masks or not names:
-        return (_multiply(some, path)[0] if some else {}), masks
-    lost = [k for k in names if k not in some]
+        return weights, masks
+    lost = [k for k in names if k not in weights]
     if lost:
         raise ArchiveError(f"{path} has no {_few(lost)}, which later rounds prune")
-    return some, {k: torch.ones_like(t, dtype=torch.bool) for k, t in some.items()}
+    return weights, {k: torch.ones_like(weights[k], dtype=torch.bool) for k in names}
+
+
+def _masks_in(path, names=(), inside=None):
+    "The masks of a file with X_orig and X_mask; without them it is dense in `names`"
+    source = _Source(path, inside)
+    found = source.read(lambda k: k.endswith("_mask"))
+    masks = {k.removesuffix("_mask"): m for k, m in found.items()}
+    return masks or _state(path, names, inside)[1]
 
 
 def _prunable_in(paths):
     "Names of the tensors that the first pruned file has masks for"
-    for p in paths:
-        if names := [
-            k.removesuffix("_mask") for k in _own(_named(_File(p).content)) if k.endswith("_mask")
-        ]:
-            return names
-    return []
+    return next((names for p in paths if (names := _Source(p).pruned())), [])
 
-# %% ../nbs/34_archives.ipynb #0446217f
+
+def _entry(path, key):
+    "What a checkpoint holds under `key`, or None"
+    content = TorchFile(path, ArchiveError).content
+    return content.get(key) if isinstance(content, dict) else None
+
+
 def _accuracy(path):
     "Accuracy of the last epoch in a downstream checkpoint, in [0, 1]"
     result = _entry(path, "result")
     last = result.get("test_ta") if isinstance(result, dict) else None
-    return (
-        {"accuracy": last[-1] / 100}
-        if isinstance(last, list) and last and isinstance(last[-1], float)
-        else {}
-    )
+    known = isinstance(last, list) and last and isinstance(last[-1], float)
+    return {"accuracy": last[-1] / 100} if known else {}
 
-
+# %% ../nbs/34_archives.ipynb #0446217f
 def _cv_files(path):
     "(Which part of CV_LTH, round -> file), or None"
     if files := _places(path, r"(\d+)checkpoint\.pth\.tar"):
@@ -596,14 +583,24 @@ def _cv_files(path):
         return "best epochs", files
     if files := _places(path, r"model_pruned(\d+)\.pt"):
         last = max(_places(path, r"model_(\d+)\.pt").items(), default=(0, None))
-        return "SimCLR", dict(enumerate([*files.values(), *[last[1]] * (last[0] > max(files))], 1))
-    if files := {
-        (e + 1) // 10: p
-        for e, p in _places(path, r"checkpoint_(\d{4})\.pth\.tar").items()
-        if e % 10 == 9
-    }:
-        return "MoCo", files
-    return None
+        trained_last = [last[1]] * (last[0] > max(files))
+        return "SimCLR", dict(enumerate([*files.values(), *trained_last], 1))
+    moco = _places(path, r"checkpoint_(\d{4})\.pth\.tar")
+    files = {(e + 1) // 10: p for e, p in moco.items() if e % 10 == 9}
+    return ("MoCo", files) if files else None
+
+
+def _cv_part(n, p, names, scored):
+    "How to read a round of CV_LTH"
+    read = lambda: (*_state(p, names), _accuracy(p) if scored else {})
+    return _Part(str(p), read, lambda: _masks_in(p, names), n)
+
+
+def _untrained_part(first, names):
+    "Round 0 of ImageNet, which is not trained: the initial weights that later files hold"
+    inside = "init_weight"
+    read = lambda: _state(first, names, inside)
+    return _Part(f"{inside} in {first}", read, lambda: read()[1], 0)
 
 
 def _cv_lth(path, after):
@@ -611,103 +608,89 @@ def _cv_lth(path, after):
     part, files = _cv_files(path) or (None, None)
     if not part:
         return None
-    _gapless(files, path, "round {}")
+    _check_gapless(files, path, "round {}")
     names = _prunable_in(files.values())
     if not names:
         raise ArchiveError(
-            f"no file of {path} holds X_orig and X_mask: nothing was pruned in it, or only its dense round is here"
+            f"no file of {path} holds X_orig and X_mask: nothing was pruned in it, or only its "
+            "dense round is here"
         )
-    parts = {
-        n: (str(p), lambda p=p: (*_state(p, names), _accuracy(p) if part == "downstream" else {}))
-        for n, p in files.items()
-    }
-    first = next(iter(files.values()))
-    held = _entry(first, "init_weight")
-    if part == "best epochs" and 1 in files and 0 not in files and held:
-        parts = {
-            0: (f"init_weight in {first}", lambda: _state(first, names, "init_weight"))
-        } | parts
-    notes = {
-        "best epochs": ["weights of the best epoch, not always those that were ranked"]
-        + ["round 0 is init_weight: state 0 is not trained"] * (0 in parts and 0 not in files)
-    }.get(part, [])
-
-    def start():
-        file = _File(first)
-        return {
-            k: file.tensor(t)
-            for k, t in _own(
-                {k: t for k, t in file.content["init_weight"].items() if isinstance(t, _Later)}
-            ).items()
-        }
-
-    return Archive(
-        "cv_lth",
-        _Rounds(list(parts.values())),
-        list(parts),
-        {"path": str(path), "part": part},
-        notes,
-        start if isinstance(held, dict) else None,
-    )
+    parts = [_cv_part(n, p, names, part == "downstream") for n, p in files.items()]
+    first, best = next(iter(files.values())), part == "best epochs"
+    held = isinstance(_entry(first, "init_weight"), dict)
+    untrained = best and held and 1 in files and 0 not in files
+    parts = [_untrained_part(first, names)] * untrained + parts
+    parts, n, notes, _ = _ranged(parts, path, fixed=True)
+    notes = ["weights of the best epoch, not always those that were ranked"] * best + notes
+    notes += ["round 0 is init_weight: state 0 is not trained"] * untrained
+    start = (lambda: _Source(first, "init_weight").everything()) if held else None
+    about = {"path": str(path), "part": part}
+    return Archive("cv_lth", _Rounds(parts), n, about, notes, start, ranked=not best)
 
 # %% ../nbs/34_archives.ipynb #25206af7
 def _bert_mask(folder):
-    "The mask that a checkpoint made, name of weight -> bool, or None"
-    if not (folder / "mask.pt").is_file():
-        return None
-    return {k.removesuffix("_mask"): m.bool() for k, m in read_weights(folder / "mask.pt").items()}
+    "The mask that a checkpoint made, name of weight -> tensor, or None"
+    path = folder / "mask.pt"
+    return _Source(path).masks() if path.is_file() else None
 
 
 def _bert_round(model, before, names):
     "(weights, masks in force) of a checkpoint, by its own account and by that of the one before"
-    weights, masks = _state(model, names) if model.suffix == ".pt" else (read_weights(model), None)
+    weights, masks = _state(model, names)
     made = _bert_mask(before) if before else None
-    if masks is None:
-        masks = made or {k: torch.ones_like(weights[k], dtype=torch.bool) for k in names}
-    elif made and not all(k in masks and torch.equal(masks[k].bool(), m) for k, m in made.items()):
+    if not _Source(model).pruned():
+        return weights, made or masks
+    agree = lambda k: k in masks and torch.equal(masks[k] != 0, made[k] != 0)
+    if made and not all(agree(k) for k in made):
         raise ArchiveError(
-            f"the mask in {model} is not the one that {before.name}/mask.pt says was in force: a checkpoint is missing between them, or two runs are mixed"
+            f"the mask in {model} is not the one that {before.name}/mask.pt says was in force: "
+            "a checkpoint is missing between them, or two runs are mixed"
         )
     return weights, masks
 
 
-def _bert_tickets(path, after):
-    "A run of BERT-Tickets, or None"
-    folders = list(_places(path, r"checkpoint-(\d+)").values())
-    model = {
-        p: next((p / o for o in ("model.pt", "model.safetensors") if (p / o).is_file()), None)
-        for p in folders
-    }
-    if not any(model.values()):
-        return None
-    for p in folders:
-        if not model[p]:
-            raise ArchiveError(
-                f"{p} has no model.pt: copy it, or take the checkpoints from here on away"
-            )
-    last = lambda: _bert_mask(folders[-1])
-    names = next((list(m) for p in folders if (m := _bert_mask(p))), None) or _prunable_in(
-        o for o in model.values() if o.suffix == ".pt"
-    )
+def _bert_models(path):
+    "Folder of a checkpoint -> its network, in the order of the steps"
+    out = {}
+    for folder in _places(path, r"checkpoint-(\d+)").values():
+        files = [folder / o for o in ("model.pt", "model.safetensors")]
+        out[folder] = next((p for p in files if p.is_file()), None)
+    return out
+
+
+def _bert_names(models, path):
+    "Names of the tensors that are pruned, by a mask.pt or by a network"
+    masks = (_bert_mask(folder) for folder in models)
+    names = next((list(m) for m in masks if m), None) or _prunable_in(models.values())
     if not names:
         raise ArchiveError(f"{path}: no checkpoint holds a mask, in mask.pt or in model.pt")
-    parts = [
-        (str(p), lambda p=p, b=b: _bert_round(model[p], b, names))
-        for b, p in zip([None, *folders], folders)
-    ]
-    begun = model[folders[0]].suffix == ".pt" and bool(_prunable_in([model[folders[0]]]))
-    notes = ["pruned before it was trained: no round 0"] * begun + [
-        "no accuracies: result.pt is not read"
-    ]
-    return Archive(
-        "bert_tickets",
-        _Rounds(parts),
-        list(range(begun, begun + len(parts))),
-        {"path": str(path), "model": "bert"},
-        notes,
-        None,
-        last,
-    )
+    return names
+
+
+def _bert_tickets(path, after):
+    "A run of BERT-Tickets, or None"
+    models = _bert_models(path)
+    if not any(models.values()):
+        return None
+    for folder, model in models.items():
+        if not model:
+            raise ArchiveError(
+                f"{folder} has no model.pt: copy it, or take the checkpoints from here on away"
+            )
+    folders, names, parts = list(models), _bert_names(models, path), []
+    begun = bool(_prunable_in([models[folders[0]]]))
+    for i, (before, folder) in enumerate(zip([None, *folders], folders)):
+        read = lambda p=models[folder], b=before: _bert_round(p, b, names)
+        masks = lambda p=models[folder], b=before: (
+            _bert_mask(b) if b and not _Source(p).pruned() else _masks_in(p, names)
+        )
+        parts.append(_Part(str(folder), read, masks, i + begun))
+    parts, n, notes, _ = _ranged(parts, path, fixed=True)
+    notes = ["pruned before it was trained: no round 0"] * begun + notes
+    notes += ["no accuracies: result.pt is not read"]
+    about = {"path": str(path), "model": "bert"}
+    last = lambda: _bert_mask(folders[-1])
+    return Archive("bert_tickets", _Rounds(parts), n, about, notes, None, last)
 
 # %% ../nbs/34_archives.ipynb #37506ca1
 _ENDINGS = ".pt", ".pth", ".ckpt", ".tar", ".bin"
@@ -717,137 +700,241 @@ def _numbers(name):
     return [int(o) for o in re.findall(r"\d+", name)]
 
 
-def _zeros(path, names=None):
-    "(weights, masks) of a file in which pruned weights are zeros"
-    weights = {
-        k: t
-        for k, t in _own(read_module(path, lambda k: k.endswith("weight"))).items()
-        if t.dim() > 1 and (names is None or k in names)
-    }
-    return weights, {k: t != 0 for k, t in weights.items()}
+def _number_in(name):
+    "The only whole number in a name, or None"
+    found = _numbers(name)
+    return found[0] if len(found) == 1 and len(str(found[0])) < 10 else None
 
 
-def _factors(path, names):
+def _shift(archive, after, whole):
+    "The archive if its files were written after pruning; `whole(i)` gives weights not yet masked"
+    if not after:
+        return archive
+    rounds = archive.rounds
+
+    def read(i):
+        weights, masks = whole(i)
+        dense = {k: torch.ones_like(m, dtype=torch.bool) for k, m in masks.items()}
+        before = rounds[i - 1][1] if i else check_round(weights, dense, None, "", ArchiveError)[1]
+        weights = check_round(weights, before, None, rounds.parts[i].label, ArchiveError)[0]
+        return {k: weights[k] * before[k] for k in before}, before
+
+    parts = [_Part(p.label, lambda i=i: read(i), p.masks) for i, p in enumerate(rounds.parts)]
+    notes = [
+        *archive.notes,
+        "files were written after pruning: the mask in force is that of the file before",
+    ]
+    n, last = list(range(len(parts))), lambda: rounds[-1][1]
+    start = archive.start
+    return Archive(archive.kind, _Rounds(parts), n, archive.about, notes, start, last)
+
+
+def _last_of_each(parts, counts):
+    "(index of the last of each stretch of equal masks, a note if some are left out)"
+    marks = [count.mark for count in counts]
+    ends = [i for i, mark in enumerate(marks) if i + 1 == len(marks) or mark != marks[i + 1]]
+    left = len(parts) - len(ends)
+    note = f"{left} files have the mask of the file after them and are left out"
+    return ends, [note] * bool(left)
+
+# %% ../nbs/34_archives.ipynb #550a362f
+_NEVER = 32_767  # the round in which a weight is pruned that is kept to the end
+
+
+def _matrices(path):
+    "The tensors of a file that may have been pruned: more than one dimension, no whole numbers"
+    source = _Source(path)
+    shaped = {k for k, t in source.named.items() if len(t.shape) > 1 and not getattr(t, "odd", "")}
+    return {k: t for k, t in source.read(shaped.__contains__).items() if t.is_floating_point()}
+
+
+class _Zeros:
+    "Masks of files in which pruned weights are zeros: for each weight the round of its pruning"
+
+    def __init__(self, paths):
+        self.paths, self.back = paths, 0  # back: zeros that did not last
+        last = _matrices(paths[-1])
+        names = self.growing(last)
+        kept = {k: torch.zeros_like(last[k], dtype=torch.bool) for k in names}
+        self.at = {k: torch.full_like(m, _NEVER, dtype=torch.int16) for k, m in kept.items()}
+        for i in reversed(range(len(paths))):
+            self.look_at(i, kept)
+        self.begin()
+
+    def growing(self, last):
+        "Names of the tensors that have more zeros in the last file than in the first"
+        first = _matrices(self.paths[0]) if len(self.paths) > 1 else {}
+        zeros = lambda w, k: int((w[k] == 0).sum()) if k in w else 0
+        return [k for k in last if zeros(last, k) > zeros(first, k)]
+
+    def look_at(self, i, kept):
+        "Note the weights that are zero from file i on; kept: those that are not zero after it"
+        w = _matrices(self.paths[i])
+        for k, m in kept.items():
+            if k not in w or w[k].shape != m.shape:
+                raise ArchiveError(f"{self.paths[i]} has no {k} of the shape that later files have")
+            self.back += int((m & (w[k] == 0)).sum())
+            m |= w[k] != 0
+            self.at[k][~m] = i
+
+    def begin(self):
+        "Let a run that begins dense begin so, though a few of its weights are zero by chance"
+        zero = sum(int((t == 0).sum()) for t in self.at.values())
+        if zero <= 0.01 * sum(t.numel() for t in self.at.values()):
+            for t in self.at.values():
+                t[t == 0] = 1
+
+    def masks(self, i):
+        "The masks of round i"
+        return {k: t > i for k, t in self.at.items()}
+
+    def read(self, i):
+        "(weights, masks) of round i"
+        w = _matrices(self.paths[i])
+        return {k: w[k] for k in self.at}, self.masks(i)
+
+# %% ../nbs/34_archives.ipynb #61094264
+def _by_zeros(paths):
+    "(files in the order of how many weights are not zero, notes); files of other tensors are left"
+    size = {p: {k: tuple(t.shape) for k, t in _matrices(p).items()} for p in paths}
+    whole = max(size.values(), key=len)
+    usable = [p for p in paths if size[p] == whole]
+    count = {p: sum(int((t != 0).sum()) for t in _matrices(p).values()) for p in usable}
+    ordered = sorted(usable, key=lambda p: -count[p])
+    moved = "rounds are in the order of their densities, not of their names"
+    return ordered, [moved] * (ordered != usable) + _left_out(paths, usable)
+
+
+def _left_out(paths, usable):
+    "A note if files of a folder are no rounds"
+    rest = [p.name for p in paths if p not in usable]
+    return [f"files without the pruned tensors are left out: {_few(rest)}"] * bool(rest)
+
+
+def _zero_parts(files):
+    "(parts of a folder whose pruned weights are zeros, notes), or None if nothing is pruned in it"
+    files, notes = _by_zeros(files)
+    zeros = _Zeros(files) if files else None
+    if not zeros or not zeros.at:
+        return None
+    notes = ["masks are the zeros of the weights", *notes]
+    if zeros.back:
+        notes.append(f"{zeros.back} weights are zero in one round and not in a later one: kept")
+    part = lambda i, p: _Part(str(p), lambda: zeros.read(i), lambda: zeros.masks(i))
+    return [part(i, p) for i, p in enumerate(files)], notes
+
+
+def _masked_parts(files, names):
+    "(parts of a folder with X_orig and X_mask, notes)"
+    has = lambda p: {k.removesuffix("_orig") for k in _Source(p).named} & set(names)
+    usable = [p for p in files if has(p)]
+    part = lambda p: _Part(
+        str(p), lambda: _state(p, names), lambda: _masks_in(p, names), _number_in(p.name)
+    )
+    return [part(p) for p in usable], _left_out(files, usable)
+
+
+def _whole(path, names):
     "(weights before the last mask, masks) of a file with X_orig and X_mask"
     weights, masks = _state(path, names)
-    return weights | {
-        k.removesuffix("_orig"): t
-        for k, t in _own(read_module(path, lambda k: k.endswith("_orig"))).items()
-    }, masks
+    return {k: weights.get(f"{k}_orig", weights.get(k)) for k in masks}, masks
 
 
 def _torch_prune(path, after):
     "A folder of checkpoints with X_orig and X_mask, or with zeros, or None"
-    files = sorted(
-        (p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file()),
-        key=lambda p: (_numbers(p.name), p.name),
-    )
+    there = [p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file()]
+    files = sorted(there, key=lambda p: (_numbers(p.name), p.name))
     if not files:
         return None
     names = _prunable_in(files)
-    zeros = not names
-    if zeros:
-        names = [k for k, m in _zeros(files[-1])[1].items() if not m.all()]
-    if not names:
+    found = _masked_parts(files, names) if names else _zero_parts(files)
+    if found is None:
         return None
-    if zeros and after:
+    if after and not names:
         raise ArchiveError(
-            f"the files of {path} have zeros and no masks: what was removed last is lost, and after=True cannot be honoured"
+            f"the files of {path} have zeros and no masks: what was removed last is lost, and "
+            "after=True cannot be honoured"
         )
-    read = (lambda p: _zeros(p, names)) if zeros else (lambda p: _state(p, names))
-    seen = [
-        digest({k: m.bool() for k, m in read(p)[1].items()}) for p in files
-    ]  # of a mask only its digest is kept
-    ends = [p for p, a, b in zip(files, seen, [*seen[1:], None]) if a != b]
-    notes = ["masks are the zeros of the weights"] * zeros + [
-        f"{len(files) - len(ends)} files have the mask of the file after them and are left out"
-    ] * (len(ends) < len(files))
-    dense = all(m.all() for m in read(files[0])[1].values())
-    rounds = _Rounds([(str(p), lambda p=p: read(p)) for p in ends])
-    n = list(range(not dense, len(ends) + (not dense)))
-    return _shift(
-        Archive("torch_prune", rounds, n, {"path": str(path)}, notes),
-        after,
-        lambda i: _factors(ends[i], names),
-    )
+    parts, notes = found
+    parts, _, more, counts = _ranged(parts, path, repeats=True, after=after)
+    ends, left_out = _last_of_each(parts, counts)
+    parts, counts = [parts[i] for i in ends], [counts[i] for i in ends]
+    dense = counts[0].kept == counts[0].total
+    n = list(range(not dense, len(parts) + (not dense)))
+    about = {"path": str(path)}
+    archive = Archive("torch_prune", _Rounds(parts), n, about, notes + more + left_out)
+    return _shift(archive, after, lambda i: _whole(parts[i].label, names))
 
-# %% ../nbs/34_archives.ipynb #550a362f
-def _shift(archive, after, whole):
-    "The archive if its files were written after pruning: weights of file i in the mask of file i - 1; `whole(i)` gives weights not yet masked"
-    if not after:
-        return archive
-
-    def read(i):
-        weights, masks = whole(i)
-        before = (
-            archive.rounds[i - 1][1]
-            if i
-            else {k: torch.ones_like(m, dtype=torch.bool) for k, m in masks.items()}
-        )
-        return {k: weights[k] * before[k] if k in before else weights[k] for k in weights}, before
-
-    parts = [(label, lambda i=i: read(i)) for i, (label, _) in enumerate(archive.rounds.parts)]
-    notes = archive.notes + [
-        "files were written after pruning: the mask in force is that of the file before"
-    ]
-    return Archive(
-        archive.kind,
-        _Rounds(parts),
-        list(range(len(parts))),
-        archive.about,
-        notes,
-        archive.start,
-        lambda: archive.rounds[-1][1],
-    )
-
-
+# %% ../nbs/34_archives.ipynb #b1c924e3
 def _pair(path, start):
-    "The file called `start`... in a folder, or beside others of the same number"
-    return {
-        tuple(_numbers(p.stem)): p
-        for p in path.iterdir()
-        if p.is_file()
-        and p.name.lower().startswith(start)
-        and p.suffix in (*_ENDINGS, ".safetensors")
-    }
+    "The files called `start`... in a folder, by the numbers in their names"
+    endings = (*_ENDINGS, ".safetensors")
+    files = [p for p in path.iterdir() if p.is_file() and p.suffix in endings]
+    named = [p for p in files if p.name.lower().startswith(start)]
+    return {tuple(_numbers(p.stem)): p for p in named}
+
+
+def _pair_folders(path):
+    "Numbers -> (weights, mask), for a folder of numbered folders with one pair in each"
+    out, several = {}, []
+    for p in sorted(path.iterdir()):
+        if not (p.is_dir() and _numbers(p.name)):
+            continue
+        weights, masks = _pair(p, "weights"), _pair(p, "mask")
+        if len(weights) > 1 and len(masks) > 1:
+            several.append(p.name)
+        elif weights and masks:
+            key = tuple(_numbers(p.name))
+            out[key] = next(iter(weights.values())), next(iter(masks.values()))
+    if several:
+        raise ArchiveError(_explain_seeds(path, several))
+    return out
+
+
+def _pair_files(path):
+    "Numbers -> (weights, mask), for a folder with files of both; one without the other is an error"
+    weights, masks = _pair(path, "weights"), _pair(path, "mask")
+    if not weights or not masks:
+        return {}
+    if lone := sorted(set(weights) ^ set(masks)):
+        raise ArchiveError(
+            f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is "
+            "a file of weights and a file of masks with the same number"
+        )
+    return {k: (weights[k], masks[k]) for k in sorted(weights)}
+
+
+def _pair_part(key, weights, mask):
+    "How to read a pair"
+    masks = lambda: _Source(mask).masks()
+
+    def read():
+        found = masks()
+        return _Source(weights).weights(found), found
+
+    label = f"{weights} and {mask.name}"
+    return _Part(label, read, masks, key[0] if len(key) == 1 and key[0] < 10**9 else None)
+
+
+def _check_few_missing(numbers, path):
+    "Raise an ArchiveError for numbers of rounds with a hole; steps and percentages have many"
+    if None in numbers or numbers != sorted(numbers):
+        return
+    if numbers[-1] - numbers[0] < 2 * len(numbers):
+        _check_gapless(numbers, path, "round {}")
 
 
 def _pairs(path, after):
-    "A folder of (weights, mask) pairs in round order, or None"
-    folders = [
-        p
-        for p in path.iterdir()
-        if p.is_dir() and _numbers(p.name) and _pair(p, "weights") and _pair(p, "mask")
-    ]
-    weights, masks = (
-        {tuple(_numbers(p.name)): next(iter(_pair(p, o).values())) for p in folders}
-        or _pair(path, o)
-        for o in ("weights", "mask")
-    )
-    if not weights or not masks:
+    "A folder of (weights, mask) pairs, or None"
+    found = _pair_folders(path) or _pair_files(path)
+    if not found:
         return None
-    if lone := sorted(set(weights) ^ set(masks)):
-        raise ArchiveError(
-            f"{path}: {_few((weights | masks)[k].name for k in lone)} has no partner: a round is a file of weights and a file of masks with the same number"
-        )
-    order = sorted(weights)
-    if all(len(k) == 1 for k in order):
-        _gapless([k[0] for k in order], path, "round {}")
-
-    def read(k):
-        return read_weights(weights[k]), {
-            n.removesuffix("_mask"): m for n, m in read_weights(masks[k]).items()
-        }
-
-    parts = [(f"{weights[k]} and {masks[k].name}", lambda k=k: read(k)) for k in order]
-    first = order[0][0] if len(order[0]) == 1 else 0
-    return _shift(
-        Archive(
-            "pairs", _Rounds(parts), list(range(first, first + len(parts))), {"path": str(path)}
-        ),
-        after,
-        lambda i: read(order[i]),
-    )
+    parts = [_pair_part(key, *files) for key, files in sorted(found.items())]
+    parts, n, notes, _ = _ranged(parts, path, after=after)
+    _check_few_missing([part.number for part in parts], path)
+    about = {"path": str(path)}
+    archive = Archive("pairs", _Rounds(parts), n, about, notes)
+    return _shift(archive, after, lambda i: parts[i].read())
 
 # %% ../nbs/34_archives.ipynb #f3c1a06f
 KINDS = {  # name -> (reader, what it looks for)
@@ -858,25 +945,45 @@ KINDS = {  # name -> (reader, what it looks for)
     "bert_tickets": (_bert_tickets, "checkpoint-<step>/ with model.pt and mask.pt (BERT-Tickets)"),
     "cv_lth": (
         _cv_lth,
-        "<s>checkpoint.pth.tar, <s>model_best.pth.tar, model_pruned<e>.pt or checkpoint_<eee9>.pth.tar (CV_LTH)",
+        "<s>checkpoint.pth.tar, <s>model_best.pth.tar, model_pruned<e>.pt or "
+        "checkpoint_<eee9>.pth.tar (CV_LTH)",
     ),
     "pairs": (
         _pairs,
-        "weights_<n> and mask_<n> with the ending .pt, .pth or .safetensors, or folders <n> with weights and mask",
+        "weights_<n> and mask_<n> with the ending .pt, .pth or .safetensors, or folders <n> with "
+        "weights and mask",
     ),
     "torch_prune": (
         _torch_prune,
-        "checkpoints with X_orig and X_mask, or with zeros, in the order of their names (torch.nn.utils.prune, Lightning)",
+        "checkpoints with X_orig and X_mask, or with zeros, in the order of their densities "
+        "(torch.nn.utils.prune, Lightning)",
     ),
 }
+
+
+def _explain_nothing(path, kinds):
+    "What a folder holds in which no run is recognised, and what was looked for"
+    there = _few(sorted(p.name for p in path.iterdir()), 5) or "nothing"
+    runs = [p.name for p in sorted(path.iterdir())[:20] if p.is_dir() and _holds_run(p, kinds)]
+    looked = "".join(f"\n  {k}: {what}" for k, (_, what) in kinds.items())
+    inner = f" {_explain_seeds(path, runs)}" if runs else f" Looked for:{looked}"
+    return f"no run is recognised in {path}, which holds {there}.{inner}"
+
+
+def _holds_run(path, kinds):
+    "Is there a run in a folder, whole or not"
+    try:
+        return any(reader(path, False) for reader, _ in kinds.values())
+    except ValueError:
+        return False
 
 
 def read_run(
     path,  # folder of a run that another program made
     kind: str = "auto",  # a name in `KINDS`; "auto" takes the first whose files are there
-    after: bool = False,  # "pairs" and "torch_prune": files were written after pruning, so a mask was made of the weights beside it
+    after: bool = False,  # "pairs", "torch_prune": a mask was made of the weights beside it
 ) -> Archive:  # rounds are read when they are asked for
-    "Open the run in a folder; a missing folder is a FileNotFoundError, one with nothing recognisable or a round missing an ArchiveError"
+    "Open the run in a folder; nothing recognisable, or a round missing, is an ArchiveError"
     path = Path(path).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no folder of a run here", str(path))
@@ -888,8 +995,4 @@ def read_run(
     for reader, _ in kinds.values():
         if archive := reader(path, after):
             return archive
-    there = _few(sorted(p.name for p in path.iterdir()), 5) or "nothing"
-    raise ArchiveError(
-        f"no run is recognised in {path}, which holds {there}. Looked for:"
-        + "".join(f"\n  {k}: {what}" for k, (_, what) in kinds.items())
-    )
+    raise ArchiveError(_explain_nothing(path, kinds))

@@ -12,40 +12,42 @@ import pandas as pd
 import torch
 from torch import nn
 from .basics import seeded
-from .tasks.core import Task, evaluate
+from .models.names import plain_tensors, set_state, state, tied
+from .tasks.core import Task, eval_mode, evaluate
+from .tickets import digest
 
 # %% ../nbs/32b_connect.ipynb #fe4b918f
+def _live_norms(network):
+    "The batch norms whose statistics training would change: not those that are frozen"
+    rest = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = [m for m in rest if m.track_running_stats]
+    frozen = lambda m: m.weight is not None and not any(p.requires_grad for p in m.parameters())
+    return [m for m in norms if not frozen(m) and (m.training or not network.training)]
+
+
 @torch.no_grad()
 def reestimate(
     network: nn.Module,  # its batch-norm statistics are replaced, in place
-    task: Task,  # whose training batches to use
+    task: Task,  # whose training batches to use, in any form that the task can read
     seed: int = 0,  # order and augmentation of the data
     batch_size: int = 128,  # samples
     batches: int | None = None,  # how many, by default an epoch
-) -> nn.Module:  # `network`, in the mode it was in
+) -> nn.Module:  # `network`, every module in the mode it was in; frozen batch norms as they were
     "Batch-norm statistics as plain averages over training batches"
-    norms = [
-        m
-        for m in network.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    training, momenta = network.training, [m.momentum for m in norms]
-    network.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
+    norms = _live_norms(network)
+    momenta = [m.momentum for m in norms]
+    data = task.data.to(next(network.parameters()).device)
     try:
-        with seeded(seed, "reestimate"):
-            for batch in itertools.islice(
-                task.data.to(next(network.parameters()).device).batches(seed, 0, batch_size),
-                batches,
-            ):
-                network(batch[0])
+        with eval_mode(network), seeded(seed, "reestimate"):
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None
+                m.train()
+            for batch in itertools.islice(data.batches(seed, 0, batch_size), batches):
+                task.forward(network, batch)
     finally:
         for m, p in zip(norms, momenta):
             m.momentum = p
-        network.train(training)
     return network
 
 # %% ../nbs/32b_connect.ipynb #1e9d196c
@@ -56,41 +58,54 @@ def _between(a, b, alpha):
     }
 
 
+def _solution(network, weights, name):
+    "Weights under the network's own names, each tensor once; others than its own are a ValueError"
+    mine, ties = state(network), tied(network)
+    given, found, wrong = plain_tensors(weights, network), {}, []
+    for k, t in given.items():
+        first = ties.get(k, k)
+        if first not in mine or t.shape != mine[first].shape:
+            wrong.append(k)
+        elif first in found and digest({"": t}) != digest({"": found[first]}):
+            wrong.append(k)  # two names of one tensor, with two values
+        found[first] = t
+    wrong += [k for k in mine if k not in found]
+    if wrong:
+        raise ValueError(
+            f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for "
+            "one: both ends and the network need one depth and width; stretch first"
+        )
+    return {k: found[k] for k in mine}
+
+
 def connectivity(
     network: nn.Module,  # any network of the right shape; its own weights are put back in the end
     weights_a: dict,  # state_dict of one solution
     weights_b: dict,  # of the other
     task: Task,  # what to evaluate on
     points: int = 21,  # on the line, ends included
-    recalibrate: bool = True,  # estimate batch-norm statistics anew at every point; False: interpolate them, too
+    recalibrate: bool = True,  # estimate batch-norm statistics anew at every point; False:
+    # interpolate them, too
     seed: int = 0,  # of the training data, as in `reestimate`
     batch_size: int = 128,  # of the training data, as in `reestimate`
     batches: int | None = None,  # of the training data, as in `reestimate`
 ) -> pd.DataFrame:  # a row per point: alpha, loss, metric (the task's first)
     "Loss and metric along the straight line between two solutions; evaluation only"
-    mine = {k: t.detach().clone() for k, t in network.state_dict().items()}
-    for name, w in (("weights_a", weights_a), ("weights_b", weights_b)):
-        wrong = [
-            k
-            for k in mine.keys() | w.keys()
-            if k not in w or k not in mine or w[k].shape != mine[k].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{name} is no state of this network, {len(wrong)} tensors differ, {min(wrong)} for one: both ends and the network need one depth and width; stretch first"
-            )
+    mine = {k: t.detach().clone() for k, t in state(network).items()}
+    a = _solution(network, weights_a, "weights_a")
+    b = _solution(network, weights_b, "weights_b")
     if points < 2:
         raise ValueError(f"a line has two ends, and points={points}")
     rows = []
     try:
         for alpha in np.linspace(0, 1, points).tolist():
-            network.load_state_dict(_between(weights_a, weights_b, alpha))
+            set_state(network, _between(a, b, alpha))
             if recalibrate:
                 reestimate(network, task, seed, batch_size, batches)
             scores = evaluate(task, network)
             rows.append(dict(alpha=alpha, loss=scores["loss"], metric=scores[task.metric]))
     finally:
-        network.load_state_dict(mine)
+        set_state(network, mine)
     return pd.DataFrame(rows)
 
 # %% ../nbs/32b_connect.ipynb #816b9559

@@ -19,6 +19,7 @@ from .basics import generator, lookup
 from .figures import PALETTE, shades
 from .free import times
 from .masks import ALIVE, MaskHistory
+from .models.names import state, tied
 from .models.prunable import groups
 from .tickets import Ticket, digest
 
@@ -97,21 +98,23 @@ BLOCKS = {f"cifar_resnet{6 * D + 2}": (D,) * 3 for D in range(1, 19)} | {
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.(.+)")
 
 
+def _names(of):
+    "All names of tensors that a ticket or a network has, those of shared blocks included"
+    if isinstance(of, Ticket):
+        return [*of.weights, *of.about.get("tied", {})]
+    return [*state(of), *tied(of)] if isinstance(of, nn.Module) else of
+
+
 def blocks(
-    of,  # a name in `BLOCKS`, the depth of a CIFAR ResNet, blocks per stage, a Ticket, a network, or names of tensors
+    of,  # a name in `BLOCKS`, the depth of a CIFAR ResNet, blocks per stage, a Ticket, a network,
+    # or names of tensors
 ) -> tuple:  # residual blocks per stage
     "How many residual blocks each stage has"
     if isinstance(of, (str, int)):
         return lookup(
             f"cifar_resnet{of}" if isinstance(of, int) else of, BLOCKS, "residual network"
         )
-    names = (
-        of.weights
-        if isinstance(of, Ticket)
-        else of.state_dict()
-        if isinstance(of, nn.Module)
-        else of
-    )
+    names = _names(of)
     if not all(isinstance(k, str) for k in names):
         return tuple(names)
     found = {(int(m[1]), int(m[2])) for k in names if (m := _BLOCK.match(k))}
@@ -120,7 +123,8 @@ def blocks(
     )
     if not count or found != {(i + 1, j) for i, n in enumerate(count) for j in range(n)}:
         raise ValueError(
-            "there are no residual stages here: tensors of a ResNet are called layer1.0.conv1.weight, layer1.1..., without gaps"
+            "there are no residual stages here: tensors of a ResNet are called "
+            "layer1.0.conv1.weight, layer1.1..., without gaps"
         )
     return count
 
@@ -328,27 +332,46 @@ def _copies(tensors, stages):
     return {new: t.clone() for _, new, t in sorted(out, key=lambda o: o[0])}
 
 
+def _untied(ticket):
+    "The ticket with a tensor of its own for every name that a shared block or layer has"
+    ties = ticket.about.get("tied", {})
+    shared = {k: o for k, o in ties.items() if _BLOCK.match(k) or _BLOCK.match(o)}
+    with_all = lambda d: d | {k: d[o] for k, o in shared.items() if o in d}
+    rest = {k: o for k, o in ties.items() if k not in shared}
+    return replace(
+        ticket,
+        weights=with_all(ticket.weights),
+        history=replace(ticket.history, died=with_all(ticket.history.died)),
+        about=ticket.about | dict(tied=rest) if shared else ticket.about,
+    )
+
+
 def _model(counts, names):
     "What a network with these blocks is called"
     basic = not any(k.startswith("layer1.0.conv3.") for k in names)
     return next((k for k, v in BLOCKS.items() if basic and v == counts), f"resnet{list(counts)}")
 
 
+_OF_SOURCE = "initial", "masks", "structure", "prunes", "unsaved"  # facts of the source's network
+
+
 def stretch(
     ticket: Ticket,  # the source's, not changed
     mapping: BlockMap | str,  # a map, its notation, or a name in `STRATEGIES` if there is a target
     target=None,  # what the ticket is for, as in `blocks`; None: whatever the map makes
-) -> Ticket:  # without rounds; `about["stretched"]` says from what, by which map, and every round's density here and there
-    "A ticket for another depth; a map that does not fit source or target is a ValueError with the reason"
+) -> Ticket:  # without rounds; `about["stretched"]` says from what, by which map, and every round's
+    # density here and there
+    "A ticket for another depth; a map that does not fit is a ValueError with the reason"
     if mapping in STRATEGIES:
         if target is None:
             raise ValueError(
-                f"{mapping!r} is a strategy and needs to know for what: give the target, e.g. 32 or 'resnet34'"
+                f"{mapping!r} is a strategy and needs to know for what: give the target, "
+                "e.g. 32 or 'resnet34'"
             )
         mapping = block_map(mapping, ticket, target)
     stages = fitted(mapping, ticket, target)
-    h = ticket.history
-    history = MaskHistory(_copies(h.died, stages), h.rounds)
+    h, loose = ticket.history, _untied(ticket)
+    history = MaskHistory(_copies(loose.history.died, stages), h.rounds)
     every = range(h.rounds + 1)
     sha = digest(ticket.weights | {f"died {k}": d for k, d in h.died.items()})
     origin = dict(
@@ -359,11 +382,11 @@ def stretch(
         density=[history.density(n) for n in every],
         before=ticket.about.get("stretched"),
     )
-    about = {k: v for k, v in ticket.about.items() if k not in ("initial", "masks")} | dict(
-        model=_model(tuple(map(len, stages)), ticket.weights), stretched=origin
+    about = {k: v for k, v in loose.about.items() if k not in _OF_SOURCE} | dict(
+        model=_model(tuple(map(len, stages)), loose.weights), stretched=origin
     )
     return replace(
-        ticket, weights=_copies(ticket.weights, stages), history=history, rounds=[], about=about
+        ticket, weights=_copies(loose.weights, stages), history=history, rounds=[], about=about
     )
 
 # %% ../nbs/32_elastic.ipynb #3a53028b

@@ -193,11 +193,24 @@ def _facts(ticket):
         for k in ("prune", "recipe")
         if isinstance(about.get(k), dict)
     ]
+    rows += _structure(about)
     return rows + [
         ("prunable weights", f"{h.total:,}"),
         ("prunings", h.rounds),
         ("density", f"{h.density():.4f}"),
     ]
+
+
+def _structure(about):
+    "Rows on the head, which is left dense, and on tensors with two names"
+    head, ties = about.get("head"), about.get("tied")
+    rows = []
+    if isinstance(head, (list, tuple)) and head:
+        rows.append(("head, left dense", _code(", ".join(map(str, head)), 400)))
+    if isinstance(ties, dict) and ties:
+        pairs = ", ".join(f"{alias} is {first}" for alias, first in ties.items())
+        rows.append(("tied, counted once", _code(pairs, 400)))
+    return rows
 
 
 def _rounds(ticket):

@@ -13,13 +13,21 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 from torch import nn
-from .basics import alone, lookup, seeded, stream
-from .imp import Round, _prepare
-from .masks import Schedule
-from .ranks import World, world
-from .rewind import Policy, Snapshot
+from .basics import alone, as_int, lookup, seeded, stream
+from .imp import Round, check_arguments, prepare_run
+from .models.names import named_parameters, unwrap
+from .ranks import world
+from .rewind import Policy
 from .tasks.core import Resident, Task
-from .train import Diverged, Masked, Recipe, optimizer, refine
+from rg_tickets.train import (
+    Diverged,
+    Masked,
+    Recipe,
+    deterministic,
+    optimizer,
+    refine,
+    train_mode,
+)
 
 # %% ../nbs/23b_replicas.ipynb #394c159d
 class _Linear(nn.Module):
@@ -80,13 +88,13 @@ def _alike(networks):
     facts = lambda net: (
         {k: (tuple(t.shape), t.dtype, t.device) for k, t in net.state_dict().items()},
         [p.requires_grad for p in net.parameters()],
-        [(n, type(m)) for n, m in net.named_modules()],
+        [(n, type(m), m.training) for n, m in net.named_modules()],
     )
     first = facts(networks[0])
     for k, net in enumerate(networks):
         if facts(net) != first:
             raise ValueError(
-                f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices or frozen layers"
+                f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices, frozen layers or modes"
             )
     for name, m in networks[0].named_modules():
         if _held(m) and type(m) not in WIDER:
@@ -203,10 +211,13 @@ def _obstacle(task, networks, recipe):
     "Why these cannot be trained as one, or None"
     if len(networks) < 2:
         return "one network has no companions"
-    if task.objective:
+    if task.objective or task.split or task.loss == "model":
         return (
-            f"the task {task.name!r} has an objective of its own, which takes one network at a time"
+            f"the task {task.name!r} has an objective, a split or a loss of the network's own, "
+            "which takes one network at a time"
         )
+    if any(unwrap(net) is not net for net in networks):
+        return "networks that are compiled or wrapped cannot be put side by side"
     if not isinstance(task.data, Resident):
         return "batches from loaders cannot be drawn for several seeds in turns; data must be held as tensors (`Resident`)"
     if recipe.optimizer == "lars":
@@ -248,7 +259,7 @@ def way(
 # %% ../nbs/23b_replicas.ipynb #ee0f99c7
 def _losses(task, outs, targets):
     "[K] losses of outputs [n, K, ...] and K targets"
-    return torch.stack([task.loss(outs[:, k], y) for k, y in enumerate(targets)])
+    return torch.stack([task.score(outs[:, k], y) for k, y in enumerate(targets)])
 
 
 @torch.no_grad()
@@ -287,24 +298,21 @@ def _drawn(task, seed, recipe, epoch, first, stop):
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.manual_seed(stream(seed, "draw", step))
-        batch = next(batches)
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"the training data of {task.name!r} ended after {step - first} batches in epoch "
+                f"{epoch}, and promise {stop - first} or more: let `steps` say how many there are"
+            )
         state = random.getstate(), np.random.get_state()
         yield batch
 
 
 def _epoch(task, many, opt, recipe, seeds, masked, epoch, start, stop, rate):
     "Steps `start` to `stop` of one epoch; the K mean losses"
-    steps, losses, backends = task.data.steps(recipe.batch_size), [], torch.backends.cudnn
+    steps, losses = task.data.steps(recipe.batch_size), []
     first, stop = epoch * steps, min(stop, (epoch + 1) * steps)
-    with (
-        seeded(0, "replicas"),
-        backends.flags(
-            enabled=backends.enabled,
-            benchmark=False,
-            deterministic=True,
-            allow_tf32=backends.allow_tf32,
-        ),
-    ):
+    with seeded(0, "replicas"), deterministic():
         for step, batches in zip(
             range(first, stop), zip(*(_drawn(task, s, recipe, epoch, first, stop) for s in seeds))
         ):
@@ -342,7 +350,7 @@ def refine_many(
             f"{len(networks)} networks, {len(seeds)} seeds{f', {len(masks)} masks' if masks else ''}: give one of each for every replica"
         )
     report, tell = report or (lambda step: None), lambda step, *a: report(step)
-    bound = lambda net, masks: Masked(dict(net.named_parameters()), masks) if masks else None
+    bound = lambda net, masks: Masked(named_parameters(net), masks) if masks else None
     if way(task, networks, recipe, how)[0] == "apart":
         return [
             refine(task, net, recipe, s, bound(net, m), start, stop, rate, after_epoch=tell)
@@ -350,7 +358,7 @@ def refine_many(
         ]
     steps, losses = task.data.steps(recipe.batch_size), [float("nan")] * len(seeds)
     stop = recipe.epochs * steps if stop is None else stop
-    with joined([net.train() for net in networks]) as many:
+    with joined([train_mode(net) for net in networks]) as many:
         opt, masked = (
             optimizer(many, recipe),
             bound(many, masks and {k: torch.cat([m[k] for m in masks]) for k in masks[0]}),
@@ -371,68 +379,60 @@ def refine_many(
                 rate or (lambda step: recipe.rate(step, steps)),
             )
             report(min((epoch + 1) * steps, stop))
+        if masked:
+            masked.check(f"after training on {task.name!r}")
     return losses
 
 # %% ../nbs/23b_replicas.ipynb #1dc729ef
 def _begin(runs, how):
     "The weights each run rewinds to; those after k steps are trained together"
     for run in runs:
-        run.k, k, run.folder, folder = 0, run.k, None, run.folder
-        run.begin()
-        run.k, run.folder = k, folder
-    if runs and runs[0].k:
-        refine_many(
-            runs[0].task,
-            [r.network for r in runs],
-            [r.seed for r in runs],
-            runs[0].recipe,
-            stop=runs[0].k,
-            how=how,
-        )
+        run.begin(train=False)
+    if runs and (step := runs[0].choices.step):
+        one, seeds = runs[0], [run.choices.seed for run in runs]
+        networks = [run.network for run in runs]
+        refine_many(one.task, networks, seeds, one.choices.recipe, stop=step, how=how)
         for run in runs:
-            run.snapshot = Snapshot(run.network.state_dict())
+            run.set_rewind_point()
     for run in runs:
         run.save()
 
 
 def _round(runs, n, how):
     "Rewind, refine and measure round n of all runs"
-    one = runs[0]
-    report = lambda step: one.report(n, step, one.end)
+    one, losses = runs[0], [float("nan")] * len(runs)
     for run in runs:
         run.rewind(n)
-    if one.control.train == "never" or (one.control.train == "once" and n):
-        losses = [float("nan")] * len(runs)
-    else:
+    if one.trains(n):
         losses = refine_many(
             one.task,
-            [r.network for r in runs],
-            [r.seed for r in runs],
-            one.recipe,
-            [r.history.mask(n) for r in runs],
-            one.k,
+            [run.network for run in runs],
+            [run.choices.seed for run in runs],
+            one.choices.recipe,
+            [run.history.mask(n) for run in runs],
+            one.choices.step,
             one.end,
             one.rate(n),
             how,
-            report,
+            lambda step: one.report(n, step, one.end),
         )
     for run, loss in zip(runs, losses):
         run.rounds.append(run.measure(n, loss))
 
 # %% ../nbs/23b_replicas.ipynb #eaf69096
-def _together(task, networks, seeds, tickets, folders, **kwargs):
-    "A run of `imp` for each replica; refuse what replicas cannot do"
-    K = len(seeds)
-    tickets, folders = tickets or [None] * K, [Path(f) for f in folders] if folders else [None] * K
+def _check_lists(seeds, networks, tickets, folders):
+    "Refuse lists of different lengths, and what two replicas would share"
     if world().size > 1:
         raise ValueError(
             f"{world().size} ranks share this run, and replicas are trained by one process: give each rank seeds of its own without a launcher, or use `imp`"
         )
-    if not K:
+    if not seeds:
         raise ValueError("no seeds were given: imp_many needs one network and one seed per replica")
     for name, given in dict(networks=networks, tickets=tickets, folders=folders).items():
-        if len(given) != K:
-            raise ValueError(f"{len(given)} {name} for {K} seeds: give one for each replica")
+        if len(given) != len(seeds):
+            raise ValueError(
+                f"{len(given)} {name} for {len(seeds)} seeds: give one for each replica"
+            )
     for name, given in dict(
         seeds=seeds, folders=[f for f in folders if f], networks=[id(n) for n in networks]
     ).items():
@@ -440,27 +440,38 @@ def _together(task, networks, seeds, tickets, folders, **kwargs):
             raise ValueError(
                 f"two replicas have the same {name[:-1]}: they would be one run, counted twice"
             )
-    runs = [
-        _prepare(
-            task=task,
-            network=net,
-            seed=s,
-            ticket=t,
-            folder=f,
-            every=float("inf"),
-            world=World(),
-            **kwargs,
-        )
-        for net, s, t, f in zip(networks, seeds, tickets, folders)
-    ]
-    if "optimizer" not in runs[0].policy.resets:
+
+
+def _check_choices(choices, folders):
+    "Refuse what replicas cannot do"
+    if "optimizer" not in choices.policy.resets:
         raise ValueError(
             "a rewind policy that lets the optimizer go on needs runs one by one: use `imp` for each seed"
         )
-    if folders[0] and runs[0].carries:
+    if folders[0] and choices.carries:
         raise ValueError(
             "with this rewind policy or control a round needs the weights of an earlier one, and folders of replicas hold tickets only: leave `folders` out, or use `imp` for each seed"
         )
+
+
+def _together(task, networks, seeds, tickets, folders, device, report, **kwargs):
+    "A run of `imp` for each replica"
+    seeds = [as_int(s, "seed") for s in seeds]
+    tickets = tickets or [None] * len(seeds)
+    folders = [Path(f) for f in folders] if folders else [None] * len(seeds)
+    _check_lists(seeds, networks, tickets, folders)
+    runs = []
+    for net, seed, ticket, folder in zip(networks, seeds, tickets, folders):
+        choices = check_arguments(
+            seed=seed,
+            checkpoint_every=math.inf,
+            per_epoch=task.data.steps(kwargs["recipe"].batch_size),
+            prunings=ticket.history.rounds if ticket else None,
+            **kwargs,
+        )
+        _check_choices(choices, folders)
+        run = prepare_run(task, net, choices, ticket, device=device, folder=folder, report=report)
+        runs.append(run)
     return runs
 
 # %% ../nbs/23b_replicas.ipynb #be522f41
@@ -469,65 +480,69 @@ def imp_many(
     networks: list,  # K networks of one architecture at their initial weights, trained in place
     seeds: list,  # K seeds: data order, augmentation, random masks
     rounds: int = 12,  # prunings; rounds + 1 lists are yielded
-    prune: float  # share of the surviving weights removed per round, or a schedule
-    | Schedule = 0.2,  # share of the surviving weights removed per round, or a schedule
+    prune=0.2,  # as `imp` takes it: a rate, a schedule, rates, or a function of the round
     rewind: str | Policy = "init",  # a name in `POLICIES`, or "500it", "2ep"
     recipe: Recipe = Recipe(),  # how to train
     control: str = "imp",  # a name in `CONTROLS`
     preset="backbone",  # which tensors are pruned
     scope: str = "global",  # rank weights over the whole network, or each "layer" by itself
     tickets: list | None = None,  # K tickets whose masks to follow, for the controls that do
-    min_density: float  # stop after the first round in which all are at or below this density
-    | None = None,  # stop after the first round in which all are at or below this density
+    min_density: float | None = None,  # stop after the first round in which all are at or below
     device: str = "auto",  # where to train
-    folders: list  # K folders for tickets; runs found there are taken up at their last whole round
-    | None = None,  # K folders for tickets; runs found there are taken up at their last whole round
+    folders: list | None = None,  # K folders for tickets; runs found there are taken up at their
+    # last whole round
     how: str = "auto",  # as `way` takes it
     report: Callable | None = None,  # called after each epoch with (round, step, last step)
+    score: Callable | None = None,  # what ranks weights, as `imp` takes it
+    frozen: str = "skip",  # parameters that are not trained: "skip" or "prune"
+    keep: str | None = None,  # "last" or "best": whose trained network is kept, as in `imp`
 ) -> Iterator[list[Round]]:  # per round a list of K rounds
     "Iterate rewind, refine, coarse-grain for K seeds, and yield per round what each replica measured"
-    schedule = prune if isinstance(prune, Schedule) else Schedule(prune)
     runs = _together(
         task,
         networks,
         seeds,
         tickets,
         folders,
+        device,
+        report,
         recipe=recipe,
-        schedule=schedule,
-        scope=scope,
+        rounds=rounds,
+        prune=prune,
         rewind=rewind,
         control=control,
         preset=preset,
-        rounds=rounds,
-        device=device,
-        report=report,
+        scope=scope,
+        min_density=min_density,
+        score=score,
+        frozen=frozen,
+        keep=keep,
     )
-    for run in runs:
-        run.about |= dict(min_density=min_density, min_accuracy=None)
-    last = lambda n: (
-        n >= rounds
+    over = lambda n: (
+        n >= runs[0].choices.rounds
         or (min_density is not None and all(r.rounds[n].density <= min_density for r in runs))
     )
     with ExitStack() as locks:
         for run in runs:
             locks.enter_context(alone(run.folder))
-        _begin([run for run in runs if not (run.folder and run.resume(lambda r: False))], how)
-        for n in range(rounds + 1):
-            todo = [
-                run for run in runs if len(run.rounds) == n
-            ]  # all, but for runs that were killed between two tickets
+        new = [run for run in runs if not (run.folder and run.resume())]
+        for run in runs:
+            run.try_score()
+        _begin(new, how)
+        for n in range(runs[0].choices.rounds + 1):
+            # all, but for runs that were killed between two tickets
+            todo = [run for run in runs if len(run.rounds) == n]
             if todo:
                 _round(todo, n, how)
             for run in todo:
-                if not last(n):
+                if not over(n):
                     run.coarse_grain(n)
+                run.keep_trained(n)
                 run.save()
             yield [run.rounds[n] for run in runs]
-            if last(n):
+            if over(n):
                 break
         for run in runs:
-            if run.folder:
-                (run.folder / "state.safetensors").unlink(
-                    missing_ok=True
-                )  # of a run `imp` had begun
+            run.put_kept()
+            if run.folder:  # of a run `imp` had begun
+                (run.folder / "state.safetensors").unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from .archives import ArchiveError, read_run
 from .audit import audit, findings
 from .basics import lookup, replacing
 from .figures import PALETTE, SERIES, bare, legend
-from .flows import LABELS, Flow, exponents, plot_exponents, plot_flow
+from .flows import LABELS, Flow, exponents, plot_exponents, plot_flow, read_table
 from .hub import flow_of
 from .masks import Schedule
 from .models.pretrained import read_weights
@@ -35,20 +35,12 @@ from rg_tickets.universality import (
 )
 
 # %% ../nbs/40e_reports.ipynb #97ff3035
-_NEEDED = [*LABELS, "seed", "n", "t", "density", "metric", "loss", "tensor", "count", "alive", "l1"]
-
-
 def _of_table(path):
     "The flow in a CSV file"
     try:
-        lost = [c for c in _NEEDED if c not in pd.read_csv(path, nrows=0).columns]
-        if lost:
-            raise ValueError(f"it has no column {', '.join(lost)}")
         return Flow.read(path)
     except ValueError as e:
-        raise ValueError(
-            f"{path} is no table of flows: {e}. `rg-tickets flow RUN -o FILE` writes one"
-        ) from None
+        raise ValueError(f"{e}. `rg-tickets flow RUN -o FILE` writes a table of flows") from None
 
 
 def _of_ticket(path):
@@ -99,8 +91,10 @@ def flow_at(
     path = Path(path).expanduser()
     read = own(path) if kind == "auto" and not after else None
     if read is None or not path.exists():
-        flow = _archive(path, kind, after).flow()
+        archive = _archive(path, kind, after)
+        flow = archive.flow()
         flow.frame["task"] = flow.frame.task.where(flow.frame.task != "", path.resolve().name)
+        flow.frame.attrs["notes"] = list(archive.notes)
     else:
         flow = read()
     for k in labels:
@@ -173,6 +167,7 @@ def flow_report(
     one = table[table.error == "fit"]
     lines = [
         _heading(flow),
+        *(f"Note: {note}." for note in flow.frame.attrs.get("notes", [])),
         _shown(table.drop(columns="rms")).to_string(index=False, float_format="{:.3f}".format),
     ]
     if len(one):
@@ -271,25 +266,25 @@ def audit_report(
     shown = table[["n", "density", "removed", "trained", "initial", "chance", "verdict"]].to_string(
         index=False, na_rep="-", float_format="{:.3f}".format
     )
-    lines = [
-        shown,
-        f"schedule: {table.attrs['schedule']}"
-        + ("" if rate else ", guessed from the first pruning"),
-    ]
+    lines = [shown, *_circumstances(table)]
+    if wrong:
+        return table, [*lines, "", "Found:", *(f"  {o}" for o in wrong)], wrong
+    return table, [*lines, "Nothing was found against this run."], wrong
+
+
+def _circumstances(table):
+    "What one has to know beside the table of an audit, as lines"
+    facts = table.attrs
+    lines = [f"schedule: {facts['schedule']}" + ", guessed from the counts" * facts["guessed"]]
+    lines += [f"Note: {note}." for note in facts["notes"]]
+    if facts["dense"]:
+        lines.append(f"Left dense in all rounds, and not ranked: {', '.join(facts['dense'])}.")
     if table.initial.isna().all():
         lines.append(
-            "The weights before training are not known, so a one-shot look-alike could not be seen: give them with --initial FILE."
+            "The weights before training are not known, so a one-shot look-alike could not be "
+            "seen: give them with --initial FILE."
         )
-    return (
-        table,
-        lines
-        + (
-            ["", "Found:", *(f"  {o}" for o in wrong)]
-            if wrong
-            else ["Nothing was found against this run."]
-        ),
-        wrong,
-    )
+    return lines
 
 
 def draw_audit(
@@ -383,21 +378,35 @@ def draw_classes(
     return figure
 
 # %% ../nbs/40e_reports.ipynb #cf5ccdc6
+_RECORD = ["model", "kind", "weights", "n", "seed", "source_seed", "density"]
+
+
+def _gaps_of(frame, path):
+    "Gaps of a table of records; one that lacks a column of a record is a ValueError"
+    lost = [k for k in _RECORD if k not in frame]
+    if lost:
+        raise ValueError(
+            f"{path} has metrics and no column {', '.join(lost)}, which tell the records of a "
+            "transfer apart: write all columns of `transfer`, or the gaps themselves"
+        )
+    return gaps(frame)
+
+
 def gaps_at(
     path,  # CSV of transfers, a row per record of `transfer.transfer`; or of gaps, as `transfer.gaps` gives them
 ) -> pd.DataFrame:  # source, target, gap, transferable
     "Gaps of transferred tickets, of the last round and the source's weights if there are several"
-    frame = pd.read_csv(
-        path,
-        keep_default_na=False,
-        na_values={"metric": [""], "gap": [""], "transferable": ["", "<NA>"]},
-    )
-    if not {"source", "target"} <= set(frame) or not {"gap", "metric"} & set(frame):
+    what = "no table of transfers"
+    numbers = ["metric", "gap", "n", "density"]
+    frame = read_table(path, ["source", "target"], numbers, ["source", "target"], what)
+    if not {"gap", "metric"} & set(frame):
         raise ValueError(
             f"{path} is no table of transfers: it needs the columns source, target, and metric or gap"
         )
+    if not len(frame):
+        raise ValueError(f"{path} is no table of transfers: it has a heading and no rows")
     if "gap" not in frame:
-        frame = gaps(frame)
+        frame = _gaps_of(frame, path)
     if "transferable" not in frame:
         raise ValueError(
             f"{path} has gaps and no column transferable, which says whether each is within the scatter of the target's own ticket"

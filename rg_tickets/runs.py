@@ -147,6 +147,8 @@ def execute(
             device=str(where),
             folder=home,
             report=say,
+            frozen=spec.frozen,
+            keep=spec.keep,
         ):
             rounds.append(r)
             say(r.n + 1, 0, 1)

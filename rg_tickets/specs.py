@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from .basics import as_int, generator, lookup, plain
-from .imp import CONTROLS, check_rewind, check_schedule
+from .imp import CONTROLS, check_arguments
 from .masks import Schedule
 from .models.prunable import PRESETS, describe, prunable
 from .models.resnets import resnet
@@ -59,6 +59,8 @@ class Spec:
     prune_type: str | None = None
     # for the prune type "pt_trans": a file, a run's folder, "torchvision:NAME"
     pretrained: str | None = None
+    frozen: str = "skip"  # what becomes of parameters that are not trained: "skip" or "prune"
+    keep: str | None = None  # trained network that is kept beside the ticket: "last" or "best"
     # further arguments of the task: split, size, workers; temperature; length, tokenizer
     options: dict = field(default_factory=dict)
 
@@ -571,13 +573,19 @@ def meta_network(
 
 
 @lru_cache(maxsize=None)
+def _sizes(key):
+    "Prunable tensor -> weights"
+    params = prunable(_on_meta(key), key.spec.preset, key.spec.frozen)
+    return {k: p.numel() for k, p in params.items()}
+
+
+@lru_cache(maxsize=None)
 def _size(key):
-    network = _on_meta(key)
-    params = prunable(network, key.spec.preset)
+    network, sizes = _on_meta(key), _sizes(key)
     return Size(
         sum(p.numel() for p in network.parameters()),
-        sum(p.numel() for p in params.values()),
-        len(params),
+        sum(sizes.values()),
+        len(sizes),
         sum(t.nbytes for t in network.state_dict().values()),
         sum(p.nbytes for p in network.parameters() if p.requires_grad),
         len(network.state_dict()),
@@ -592,7 +600,7 @@ def network_key(
     options = {k: v for k, v in spec.options.items() if k not in _READING}
     own = (str(options), spec.task) if what == "scenes" else (str(options) if way else "", *way)
     shape = (f.shape[0], f.classes) if what == "pictures" else (f.head, f.classes)
-    return (what, spec.model, spec.width, spec.stem, *shape, spec.preset, *own)
+    return (what, spec.model, spec.width, spec.stem, *shape, spec.preset, spec.frozen, *own)
 
 
 class _Hashed:
@@ -624,7 +632,7 @@ def describe_pruning(
     for tasks in found.values():
         spec = next(iter(tasks.values()))
         names = ", ".join([*tasks][:4]) + " ..." * (len(tasks) > 4)
-        said = describe(meta_network(spec), spec.preset)
+        said = describe(meta_network(spec), spec.preset, spec.frozen)
         lines.append(f"{spec.model} on {names}: {said}")
     return lines
 
@@ -691,7 +699,6 @@ def _check_names(spec):
     system(spec)
     lookup(spec.control, CONTROLS, "control")
     lookup(spec.preset, PRESETS, "preset")
-    lookup(spec.scope, dict.fromkeys(("global", "layer")), "scope")
     if spec.augment is not None:
         lookup(spec.augment, {**AUGMENTS, "resized_crop": None}, "augmentation")
     for name in spec.recipe:
@@ -753,13 +760,23 @@ def check(
 ):
     "Refuse a spec of which no run can be made, before anything is read or trained"
     _check_names(spec)
-    recipe, schedule = Recipe(**spec.recipe), Schedule(spec.prune, spec.schedule)
-    policy(spec.rewind)
+    recipe = Recipe(**spec.recipe)
     _check_source(spec)
     _check_options(spec)
     _check_queue(spec, recipe)
-    as_int(spec.rounds, "rounds", 0)
-    if not _check_samples(spec).about:
-        per_epoch = steps_per_epoch(spec)
-        check_rewind(*policy(rewind_of(spec), per_epoch), recipe, per_epoch)
-    check_schedule(schedule, size(spec).prunable, spec.rounds)
+    policy(spec.rewind)
+    known = not _check_samples(spec).about
+    check_arguments(
+        recipe,
+        spec.rounds,
+        Schedule(spec.prune, spec.schedule),
+        rewind_of(spec),
+        spec.seed,
+        spec.control,
+        spec.scope,
+        spec.preset,
+        spec.frozen,
+        keep=spec.keep,
+        sizes=_sizes(_Hashed(spec)),
+        per_epoch=steps_per_epoch(spec) if known else None,
+    )

@@ -13,17 +13,17 @@ from functools import cached_property
 from pathlib import Path
 import pandas as pd
 from .basics import lookup
-from .masks import MaskHistory
-from .models.prunable import prunable
+from .models.names import state
+from .models.prunable import heads
 from .progress import note
 from .rewind import PARTS, policy
 from .runs import check_count, complete, one_thread, waves, writable
 from .runs import write_csv, write_text
-from .specs import Spec, build, code, meta_network, network_key, rewind_of
+from .specs import Spec, build, code, kind, meta_network, network_key, rewind_of
 from .specs import steps_per_epoch
-from .tickets import Ticket, apply, fits
+from .tickets import Ticket, apply
 from .train import Recipe, device as find_device
-from .transfer import KINDS, recorded, transfer, travelling
+from .transfer import KINDS, recorded, transfer
 
 # %% ../nbs/40b_studies.ipynb #95425bb5
 @dataclass(frozen=True)
@@ -206,12 +206,32 @@ def check_crossing(
 _FITTING = set()  # pairs that were found to fit
 
 
+def _backbone(spec, keep):
+    "Name -> shape of what a ticket brings: all but the head and what the target keeps"
+    network = meta_network(spec)
+    stays = tuple(f"{o}." for o in (*heads(network), *keep))
+    return {k: tuple(t.shape) for k, t in state(network).items() if not k.startswith(stays)}
+
+
 def _check_fits(source, target, keep):
-    "Refuse a ticket that does not fit the target, from the two networks without their weights"
-    of, to = meta_network(source), meta_network(target)
-    history = MaskHistory.dense(prunable(of, source.preset))
-    ticket = Ticket(of.state_dict(), history, about=dict(model=source.model))
-    fits(travelling(ticket, to, keep), to, head=False)
+    "Refuse a ticket that does not fit the target, from the names and shapes of the two networks"
+    modules = dict(meta_network(target).named_modules())
+    for o in keep:
+        lookup(o, modules, "module to keep")
+    if kind(target) == "scenes":
+        return  # a detector has the backbone inside, under other names
+    theirs, mine = _backbone(source, keep), _backbone(target, keep)
+    differ = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
+    if not differ:
+        return
+    k = differ[0]
+    parts = tuple(k.rpartition(".")[0].split("."))
+    hint = f", or let it keep its own, keep={parts[0]}" if len(differ) == 1 else ""
+    raise ValueError(
+        f"a ticket of {source} does not fit {target}: {len(differ)} tensors differ, the first is "
+        f"{k}, {theirs.get(k, 'missing')} in the ticket and {mine.get(k, 'missing')} in the "
+        f"target. Build both networks alike{hint}"
+    )
 
 
 def check_crossings(

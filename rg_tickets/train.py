@@ -14,7 +14,10 @@ from typing import Callable
 import torch
 from torch import nn
 from .basics import as_float, as_int, lookup, seeded, stream
+from .models.names import set_state, state
 from .tasks.core import Task
+from .tasks.identity import own_generators, seed_generators
+from .tickets import check_not_held
 
 # %% ../nbs/22_train.ipynb #63e006f4
 def device(
@@ -314,6 +317,7 @@ def _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate):
     steps, losses, rates = task.data.steps(recipe.batch_size), [], []
     first = epoch * steps
     with seeded(seed, "train", epoch), deterministic():
+        own = own_generators(network=network, loss=task.loss, objective=task.objective)
         batches = task.data.batches(seed, epoch, recipe.batch_size)
         for step in range(first, min(stop, first + steps)):
             torch.manual_seed(stream(seed, "draw", step))
@@ -327,6 +331,7 @@ def _epoch(task, network, opt, recipe, seed, masked, epoch, start, stop, rate):
                     group["lr"] = rate(step)
             rates.append(float(opt.param_groups[0]["lr"]))
             torch.manual_seed(stream(seed, "step", step))
+            seed_generators(own, seed, "step", step)
             losses.append(_step(task, network, batch, opt, masked, recipe))
     losses = torch.stack(losses).float().cpu()
     if not torch.isfinite(losses).all():
@@ -368,6 +373,7 @@ def refine(
         opt = optimizer(network, recipe)
         rate = rate or (lambda step: recipe.rate(step, steps))
     if masked:
+        check_not_held(network)
         masked.weights()
         masked.state(opt)
     loss = float("nan")
@@ -385,27 +391,26 @@ def pack(
     opt: torch.optim.Optimizer | None = None,  # its optimizer, if that is to go on too
 ) -> dict:  # name -> tensor
     "Weights, buffers and optimizer state as name -> tensor"
-    state = {f"network/{k}": t for k, t in network.state_dict().items()}
+    packed = {f"network/{k}": t.detach() for k, t in state(network).items()}
     for i, entry in (opt.state_dict()["state"] if opt else {}).items():
-        state |= {
+        packed |= {
             f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None
         }
-    return state
+    return packed
 
 
 def unpack(
-    state: dict,  # what `pack` gave
+    packed: dict,  # what `pack` gave
     network: nn.Module,  # changed in place
     opt: torch.optim.Optimizer | None = None,  # changed in place
 ):
     "Put what `pack` gave back into a network and an optimizer built alike"
-    network.load_state_dict(
-        {k.removeprefix("network/"): t for k, t in state.items() if k.startswith("network/")}
-    )
+    weights = {k.removeprefix("network/"): t for k, t in packed.items() if k[:8] == "network/"}
+    set_state(network, weights)
     if opt is None:
         return
     entries = {}
-    for k, t in state.items():
+    for k, t in packed.items():
         if k.startswith("optimizer/"):
             entries.setdefault(int(k.split("/")[1]), {})[k.split("/")[2]] = t
     opt.load_state_dict({"state": entries, "param_groups": opt.state_dict()["param_groups"]})

@@ -13,14 +13,24 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from .basics import alone, generator, lookup
+from .basics import alone, as_int, generator, lookup, seeded
 from .figures import GAPS, PALETTE
 from .flows import interval
 from .masks import MaskHistory, shuffled
-from .models.prunable import heads
-from .rewind import PARTS, Policy, policy
-from .tasks.core import Task, evaluate
-from .tickets import Ticket, TicketError, digest, fits, load_tensors, save_tensors
+from .models.names import named_modules, named_parameters, state, tied, unwrap
+from .models.prunable import declare_head, heads
+from .rewind import PARTS, Policy, Unsaved, check_network, policy
+from .structure import frozen_names, structure
+from .tasks.core import Task, check_task, evaluate
+from rg_tickets.tickets import (
+    Ticket,
+    TicketError,
+    check_not_held,
+    digest,
+    fit_to,
+    load_tensors,
+    save_tensors,
+)
 from rg_tickets.train import (
     Diverged,
     Masked,
@@ -28,6 +38,7 @@ from rg_tickets.train import (
     device as find_device,
     optimizer,
     pack,
+    place,
     refine,
     unpack,
 )
@@ -97,124 +108,208 @@ MASKS = {  # (history of the ticket, n, seed) -> name -> bool tensor
 }
 
 # %% ../nbs/31_transfer.ipynb #02b85cf4
-def _below(modules):
-    "Is a tensor in one of these modules"
-    return lambda name: name.startswith(tuple(f"{o}." for o in modules))
-
-
 def _housed(ticket, network):
-    "The ticket under the names its tensors have in a detector or segmenter, if the network is one and the ticket of a plain backbone"
+    "The ticket under the names its tensors have in a detector or segmenter built on its network"
+    network = unwrap(network)
     place = getattr(network, "backbone_name", None)
     if place is None or any(k.startswith(f"{place}.") for k in ticket.history.died):
         return ticket
-    from rg_tickets.tasks.voc import (
-        moved,
-    )  # here, because torchvision's detectors take a second to load
+    # here, because torchvision's detectors take a second to load
+    from rg_tickets.tasks.voc import moved
 
-    return moved(ticket, network)
+    at = lambda name: f"{place}.{name}"
+    ties = {at(k): at(o) for k, o in ticket.about.get("tied", {}).items()}
+    ticket = moved(ticket, network)
+    ties = {k: o for k, o in ties.items() if o in ticket.weights}
+    head = [at(o) for o in ticket.about.get("head", [])]
+    return replace(ticket, about=ticket.about | dict(tied=ties, head=head))
 
 
 def travelling(
     ticket: Ticket,  # the source's
     network: torch.nn.Module,  # the target's
     keep: tuple = (),  # names of modules that stay the target's own and dense, besides the head
-) -> (
-    Ticket
-):  # weights and masks without the head; what is kept has the network's weights and a full mask
+) -> Ticket:  # weights and masks without the head, under the network's names;
+    # what is kept has the network's weights and a full mask
     "What of a ticket goes into another task's network; a TicketError says what does not fit"
     for o in (keep := (keep,) if isinstance(keep, str) else tuple(keep)):
-        lookup(o, dict(network.named_modules()), "module to keep")
-    ticket = _housed(ticket, network)
-    mine, head, stays = network.state_dict(), _below(heads(network)), _below(keep)
-    weights = {
-        k: t
-        for k, t in ticket.weights.items()
-        if not head(k) and (k in mine or k in ticket.history.died)
-    } | {k: t.clone() for k, t in mine.items() if stays(k) and not head(k)}
-    died = {k: d for k, d in ticket.history.died.items() if not head(k)}
-    died |= MaskHistory.dense({k: weights[k] for k in died if stays(k)}).died
-    out = replace(ticket, weights=weights, history=MaskHistory(died, ticket.history.rounds))
-    _same_stem(out, mine)
-    fits(out, network, head=False)
-    return out
+        lookup(o, dict(named_modules(network)), "module to keep")
+    ticket, mine, ties = _housed(ticket, network), state(network), tied(network)
+    stays, head = _below(keep), _below({*heads(network), *ticket.about.get("head", [])})
+    _check_stem(ticket, {k: t for k, t in mine.items() if not (stays(k) or head(k))})
+    out = fit_to(ticket, network, head=False, own=keep, leave=True)
+    kept = {ties.get(k, k) for k in [*mine, *ties] if stays(k) and not head(k)}
+    weights = {k: t.detach().clone() for k, t in mine.items() if k in kept}
+    masked = {k: t for k, t in weights.items() if k in ticket.history.died}
+    died = out.history.died | MaskHistory.dense(masked).died
+    died = {k: died[k] for k in dict.fromkeys([*ticket.history.died, *died]) if k in died}
+    return replace(
+        out, weights=out.weights | weights, history=MaskHistory(died, ticket.history.rounds)
+    )
 
 
-def _same_stem(ticket, mine):
+def _below(modules):
+    "Is a tensor in one of these modules"
+    return lambda name: name.startswith(tuple(f"{o}." for o in modules))
+
+
+def _check_stem(ticket, mine):
     "If a single convolution differs, it is the stem, and there is a way out"
-    differ = [k for k, t in ticket.weights.items() if k in mine and mine[k].shape != t.shape]
-    if len(differ) != 1 or mine[differ[0]].dim() != 4:
-        return
-    k, (a, b) = differ[0], (tuple(o[differ[0]].shape) for o in (ticket.weights, mine))
-    raise TicketError(
-        f"the ticket's stem differs from the network's: {k} is {a} in the ticket and {b} in the network"
-        + (
-            f", made for pictures of {a[1]} channel{'s' * (a[1] > 1)}, not {b[1]}"
-            if a[1] != b[1]
-            else ""
-        )
-        + f". Build both networks for the same pictures, or let the target have its own stem, unpruned, with keep={(k.removesuffix('.weight'),)!r}"
+    theirs = ticket.weights
+    differ = [k for k, t in mine.items() if k in theirs and theirs[k].shape != t.shape]
+    if len(differ) == 1 and mine[differ[0]].dim() == theirs[differ[0]].dim() == 4:
+        a, b = (tuple(o[differ[0]].shape) for o in (theirs, mine))
+        raise TicketError(_explain_stem(differ[0], a, b))
+
+
+def _explain_stem(name, a, b):
+    "What to do about two stems"
+    pictures = f", made for pictures of {a[1]} channel{'s' * (a[1] > 1)}, not {b[1]}"
+    return (
+        f"the ticket's stem differs from the network's: {name} is {a} in the ticket and {b} in the "
+        f"network{pictures if a[1] != b[1] else ''}. Build both networks for the same pictures, or "
+        f"let the target have its own stem, unpruned, with keep={(name.removesuffix('.weight'),)!r}"
     )
 
 # %% ../nbs/31_transfer.ipynb #c689668b
+def _policy(ticket, steps):
+    "What the ticket's run set back before each round, and the step it went back to"
+    said = ticket.about.get("rewind", "init")
+    try:
+        if isinstance(said, dict):
+            said = Policy(**said | dict(resets=tuple(said["resets"])))
+        return policy(said, steps)
+    except (ValueError, TypeError, KeyError) as e:
+        raise TicketError(
+            f"this ticket was made with rewind={str(said)[:100]}, which is no policy ({e}): "
+            "transfer a ticket of a run of `imp`"
+        ) from None
+
+
 def _first_step(ticket, task, recipe):
     "The step from which a round of the ticket's run is trained, on this task"
-    rewind, steps = ticket.about.get("rewind", "init"), task.data.steps(recipe.batch_size)
-    how, k = policy(
-        rewind
-        if isinstance(rewind, str)
-        else Policy(**rewind | dict(resets=tuple(rewind["resets"]))),
-        steps,
-    )
+    steps = task.data.steps(recipe.batch_size)
+    how, k = _policy(ticket, steps)
     if not set(PARTS) <= set(how.resets):
         raise TicketError(
-            f"this ticket was made with rewind={rewind!r}: its rounds went on from weights that it does not hold. Transfer a ticket of a run that rewinds"
+            f"this ticket was made with rewind={ticket.about['rewind']!r}: its rounds went on from "
+            "weights that it does not hold. Transfer a ticket of a run that rewinds"
         )
     if k >= recipe.epochs * steps:
         raise ValueError(
-            f"the ticket rewinds to step {k}, but the recipe ends at step {recipe.epochs * steps}: train longer"
+            f"the ticket rewinds to step {k}, but the recipe ends at step "
+            f"{recipe.epochs * steps}: train longer"
         )
     return k
 
 
+def _check(task, network, recipe, seed, fit):
+    "Try network and task before anything is trained, and find the head, as `imp` does"
+    check_not_held(network)
+    check_network(network)
+    try:
+        check_task(task, network, seed, recipe.batch_size, recipe.precision)
+    except ValueError as e:
+        raise _misfit(fit) or e from None
+    task.data.to(next(network.parameters()).device)
+    with seeded(seed, "peek"):
+        batch = next(iter(task.data.batches(seed, 0, recipe.batch_size)))
+    declare_head(network, lambda: task(network, batch))
+
+
+def _misfit(fit):
+    "Why a ticket does not fit, or None: of two reasons not to train, this one says more"
+    try:
+        fit()
+    except TicketError as e:
+        return e
+    except ValueError:
+        return None  # what the head is was not to be found
+
+
 @torch.no_grad()
-def _put(ticket, masks, network, head):
-    "Copy a ticket's weights into the network and put the masks in force"
-    state = network.state_dict()
-    for k, t in fits(ticket, network, head).items():
-        state[k].copy_(t)
-    params = dict(network.named_parameters())
+def _put(ticket, masks, network):
+    "Copy a ticket's weights into the network, whose names they have, and put the masks in force"
+    have, params = state(network), named_parameters(network)
+    for k, t in ticket.weights.items():
+        have[k].copy_(t)
     masked = Masked(params, {k: m.to(params[k].device) for k, m in masks.items()})
     masked.weights()
     return masked
 
 # %% ../nbs/31_transfer.ipynb #a144dd73
-def _train(task, network, recipe, seed, masked, start, folder, every, facts, report):
-    "Train the survivors from step `start`, or from the state put aside in the folder; the last epoch's loss"
-    opt, path, last, end = (
-        optimizer(network, recipe),
-        folder and Path(folder) / "state.safetensors",
-        time.monotonic(),
-        recipe.epochs * task.data.steps(recipe.batch_size),
+def _identity(task, network, masks, recipe, seed, start):
+    "What tells this transfer from others, as a hash: the network as it is now, masks, task, recipe"
+    facts = dict(
+        recipe=asdict(recipe),
+        seed=seed,
+        start=start,
+        task=[task.name, task.about, task.fingerprint()],
+        structure=structure(network),
+        frozen=frozen_names(network),
     )
-    begun = dict(step=start, loss=float("nan"))
-    try:
-        if path and (found := load_tensors(path, "state"))[1].get("facts") == facts:
-            begun = found[1]
-            unpack(found[0], network, opt)
-    except (FileNotFoundError, TicketError):
-        pass  # nothing there, or nothing whole: from the beginning
+    tensors = state(network) | {f"mask {k}": m for k, m in masks.items()}
+    return digest(tensors, json.dumps(facts, default=str, sort_keys=True))
+
+
+@dataclass
+class _Training:
+    "A training that can be put aside in a folder, and taken up there"
+
+    network: torch.nn.Module
+    opt: torch.optim.Optimizer
+    path: Path | None  # of the file
+    facts: str  # what `_identity` gave
+    start: Unsaved  # what the network holds besides its state_dict, before training
+
+    def save(self, step, loss):
+        "Put the training aside"
+        beyond = Unsaved.of(self.network).beyond(self.start)
+        tensors = {f"unsaved/{k}": t for k, t in beyond.tensors.items()}
+        numbers = [[*k, v] for k, v in beyond.numbers.items()]
+        header = dict(facts=self.facts, step=step, loss=loss, numbers=numbers)
+        save_tensors(self.path, pack(self.network, self.opt) | tensors, header, "state")
+
+    def load(self, step):
+        "Step and loss to go on from: those of the file, if it is whole and of this transfer"
+        try:
+            tensors, header = load_tensors(self.path, "state") if self.path else ({}, {})
+        except (FileNotFoundError, TicketError):
+            return step, float("nan")
+        if header.get("facts") != self.facts:
+            return step, float("nan")
+        loose = {k[8:]: t for k, t in tensors.items() if k.startswith("unsaved/")}
+        numbers = {(path, k): v for path, k, v in header["numbers"]}
+        unpack(tensors, self.network, self.opt)
+        Unsaved(loose, numbers).restore(self.network)
+        return header["step"], header["loss"]
+
+
+def _train(task, network, recipe, seed, masked, start, training, every, report):
+    "Train kept weights from step `start`, or from where the training lies; the last epoch's loss"
+    steps, last = task.data.steps(recipe.batch_size), time.monotonic()
+    end = recipe.epochs * steps
+    begun, loss = training.load(start)
 
     def after_epoch(step, network, opt, loss):
         nonlocal last
-        if path and time.monotonic() - last > every:
-            save_tensors(path, pack(network, opt), dict(facts=facts, step=step, loss=loss), "state")
+        if training.path and time.monotonic() - last > every:
+            training.save(step, loss)
             last = time.monotonic()
         report(step, end)
 
-    loss = refine(
-        task, network, recipe, seed, masked, begun["step"], opt=opt, after_epoch=after_epoch
+    done = refine(
+        task,
+        network,
+        recipe,
+        seed,
+        masked,
+        begun,
+        rate=lambda step: recipe.rate(step, steps),
+        opt=training.opt,
+        after_epoch=after_epoch,
     )
-    return loss if begun["step"] < end else begun["loss"]
+    return done if begun < end else loss
 
 # %% ../nbs/31_transfer.ipynb #99d2926d
 def _record(metrics, masks, **facts):
@@ -232,54 +327,54 @@ def _record(metrics, masks, **facts):
 
 def transfer(
     task: Task,  # the target
-    network: torch.nn.Module,  # at the target's own rewind weights, with the target's head; trained in place
+    network: torch.nn.Module,  # at the target's own rewind weights, with the target's head;
+    # trained in place
     ticket: Ticket,  # the source's; for "own" and "dense" the target's
     n: int,  # use the mask after this many prunings
     kind: str = "transferred",  # a name in `KINDS`
-    weights: str  # where the backbone's weights come from, "source" or "target"; None: as the kind says
-    | None = None,  # where the backbone's weights come from, "source" or "target"; None: as the kind says
+    weights: str | None = None,  # where the backbone's weights come from, "source" or "target";
+    # None: as the kind says
     recipe: Recipe = Recipe(),  # how to train
     seed: int = 0,  # data order, augmentation, random masks
-    keep: tuple = (),  # modules besides the head that stay the target's own and dense, e.g. ("conv1",)
+    keep: tuple = (),  # modules besides the head that stay the target's own and dense: ("conv1",)
     device: str = "auto",  # where to train
     folder=None,  # where to put the training aside
     checkpoint_every: float = 60.0,  # seconds between states put aside
     report=None,  # called after each epoch with (step, last step)
-) -> dict:  # source, target, model, kind, weights, n, seed, source_seed, loss, t, density, metric (the task's first), test_...
+) -> dict:  # source, target, model, kind, weights, n, seed, source_seed, loss, t, density, metric
+    # (the task's first), test_loss, test_...
     "Train `network` on `task` from a ticket's mask and weights, and say how well it does"
-    what = lookup(kind, KINDS, "kind of transfer")
+    what, seed, n = lookup(kind, KINDS, "kind of transfer"), as_int(seed, "seed"), as_int(n, "n", 0)
     weights = weights or what.weights
     lookup(weights, dict.fromkeys(("source", "target")), "origin of weights")
-    start, where = _first_step(ticket, task, recipe), find_device(device)
-    network.to(where)
-    mine = ticket if what.head else travelling(ticket, network, keep)
+    start = _first_step(ticket, task, recipe)
+    place(network, find_device(device))
+    fit = lambda: fit_to(ticket, network) if what.head else travelling(ticket, network, keep)
+    _check(task, network, recipe, seed, fit)
+    mine = fit()
     masks = MASKS[what.mask](mine.history, n, seed)
     if weights == "target":
-        mine = replace(mine, weights={k: t.clone() for k, t in network.state_dict().items()})
-    masked = _put(mine, masks, network, what.head)
-    facts = digest(
-        network.state_dict() | {f"mask {k}": m for k, m in masks.items()},
-        json.dumps([asdict(recipe), seed, start, task.name, task.about], default=str),
+        mine = replace(mine, weights={k: t.clone() for k, t in state(network).items()})
+    masked = _put(mine, masks, network)
+    training = _Training(
+        network,
+        optimizer(network, recipe),
+        folder and Path(folder) / "state.safetensors",
+        _identity(task, network, masks, recipe, seed, start),
+        Unsaved.of(network),
     )
+    report = report or (lambda *a: None)
     with alone(folder):
         loss = _train(
-            task,
-            network,
-            recipe,
-            seed,
-            masked,
-            start,
-            folder,
-            checkpoint_every,
-            facts,
-            report or (lambda *a: None),
+            task, network, recipe, seed, masked, start, training, checkpoint_every, report
         )
-        if folder:
-            (Path(folder) / "state.safetensors").unlink(missing_ok=True)
+        if training.path:
+            training.path.unlink(missing_ok=True)
     metrics = evaluate(task, network, recipe.precision)
     if not math.isfinite(metrics["loss"]):
         raise Diverged(
-            f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training diverged; lower the learning rate, or set clip=1.0"
+            f"the test loss of {task.name!r} is {metrics['loss']} after the transfer: training "
+            "diverged; lower the learning rate, or set clip=1.0"
         )
     return _record(
         metrics,
@@ -303,7 +398,8 @@ def labels(
     source = dict(uniform="-", own=target, dense=target).get(
         kind, ticket.about.get("task", "a task")
     )
-    model = getattr(network, "name", None) or ticket.about.get("model") or type(network).__name__
+    inner = None if network is None else unwrap(network)
+    model = getattr(inner, "name", None) or ticket.about.get("model") or type(inner).__name__
     return dict(source=source, target=target, model=model, kind=kind, weights=weights)
 
 
@@ -319,6 +415,9 @@ def recorded(
     r, seed = ticket.rounds[n], ticket.about.get("seed", 0)
     kind = "own" if n else "dense"
     what = labels(ticket, ticket.about.get("task", "a task"), None, kind, KINDS[kind].weights)
+    lack = [k for k in ("metrics", "loss") if k not in r]
+    if lack:
+        raise TicketError(f"round {n} of this ticket has no {' and no '.join(lack)}, so no record")
     return _record(
         r["metrics"],
         ticket.history.mask(n),

@@ -4,6 +4,7 @@ import io, json, random, tempfile, time
 from collections import Counter
 from pathlib import Path
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 try:
@@ -11,7 +12,7 @@ try:
 except ImportError:
     resource = None  # on Windows
 from rg_tickets.masks import MaskHistory, prune
-from rg_tickets.tickets import Ticket, TicketError, load_tensors, save_tensors
+from rg_tickets.tickets import Ticket, TicketError, digest, load_tensors, save_tensors
 from rg_tickets.train import Recipe, optimizer, pack
 
 KINDS = (
@@ -170,3 +171,134 @@ def read_all(count, seed, spare, pipe):
     pipe.send(
         (seen, bad, slowest, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     )
+
+
+def forge(path, tensors=None, text=None, note=None, **facts):
+    "Write a small ticket with a valid checksum, other facts or tensors in it, or another text"
+    w = {"weights/a": torch.arange(1.0, 7).view(2, 3), "weights/b": torch.zeros(2)}
+    tensors = w | {"died/a": torch.tensor([[1, 2, 255]] * 2, dtype=torch.uint8)} | (tensors or {})
+    tensors = {k: t for k, t in tensors.items() if t is not None}
+    facts = dict(prunings=2, rounds=[], about={}, threshold=0.5) | facts
+    text = json.dumps({k: v for k, v in facts.items() if v != "left out"}) if text is None else text
+    said = dict(kind="ticket", format=1, sha256=digest(tensors, "ticket" + text), header=text)
+    save_file(tensors, path, {"rg_tickets": json.dumps(said) if note is None else note(said)})
+
+
+def forge_list(path, count, values="F32"):
+    "Write a file that lists `count` empty tensors, under a header of ours"
+    note = json.dumps(dict(kind="ticket", format=1, sha256="0" * 64, header="{}"))
+    entry = f'{{"dtype":"{values}","shape":[0],"data_offsets":[0,0]}}'
+    listed = ",".join(f'"weights/{i}":{entry}' for i in range(count))
+    head = f'{{"__metadata__":{{"rg_tickets":{json.dumps(note)}}},{listed}}}'.encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+
+
+def forge_header(path, head, size=None):
+    "Write a file with this header, of the length that it says"
+    path.write_bytes((len(head) if size is None else size).to_bytes(8, "little") + head)
+
+
+DEEP, ONE = "[" * 10**5, torch.ones(2, 3)
+LATE = torch.tensor([[1, 2, 7]] * 2, dtype=torch.uint8)
+FORGED = {  # what is wrong -> (what `forge` is told, what the error says)
+    "about is null": (dict(about=None), "`about` is None, not an object"),
+    "about is a list": (dict(about=[1]), "`about` is .1., not an object"),
+    "about is a text": (dict(about="m"), "`about` is m, not an object"),
+    "facts nested 100,000 deep": (dict(text='{"about": ' + DEEP + "}"), "nested too deeply"),
+    "facts that are not JSON": (dict(text="about"), "the facts in .* cannot be read"),
+    "facts that are a list": (dict(text="[]"), "it is no object"),
+    "facts that are null": (dict(text="null"), "it is no object"),
+    "a number of 5,000 digits": (dict(text='{"prunings": ' + "1" * 5000 + "}"), "cannot be read"),
+    "a key twice": (dict(text='{"prunings": 1, "prunings": 2}'), "a key occurs twice"),
+    "a key twice, deep down": (dict(text='{"about": {"a": 1, "a": 2}}'), "a key occurs twice"),
+    "no prunings": (dict(prunings="left out"), "its header lacks prunings"),
+    "no about": (dict(about="left out"), "its header lacks about"),
+    "prunings is true": (dict(prunings=True), "its number of prunings is True, not a whole"),
+    "prunings is 2.0": (dict(prunings=2.0), "its number of prunings is 2.0"),
+    "prunings is negative": (dict(prunings=-1), "its number of prunings is -1"),
+    "prunings is 255": (dict(prunings=255), "its number of prunings is 255"),
+    "prunings is a list": (dict(prunings=[2]), "its number of prunings is"),
+    "rounds is null": (dict(rounds=None), "its rounds are not a list of objects"),
+    "rounds is an object": (dict(rounds={"0": {}}), "its rounds are not a list of objects"),
+    "rounds of numbers": (dict(rounds=[{}, 1]), "its rounds are not a list of objects"),
+    "threshold is a text": (dict(threshold="0.5"), "its threshold is 0.5, not a number"),
+    "threshold is true": (dict(threshold=True), "its threshold is True, not a number"),
+    "threshold is null": (dict(threshold=None), "its threshold is None, not a number"),
+    "threshold is nan": (dict(threshold=float("nan")), "its threshold is nan"),
+    "threshold is inf": (dict(threshold=float("inf")), "its threshold is inf"),
+    "threshold is too large for a float": (dict(threshold=10**400), "its threshold is 10"),
+    "head is a text": (dict(about={"head": "fc"}), "its head is fc, not a list of names"),
+    "head of numbers": (dict(about={"head": [1]}), "its head is .1., not a list of names"),
+    "tied is a list": (dict(about={"tied": ["a"]}), "its tied tensors are"),
+    "tied to nothing": (dict(about={"tied": {"c": "d"}}), "the tied tensor c has weights of its"),
+    "tied to a list": (dict(about={"tied": {"c": ["a"]}}), "the tied tensor c has weights of its"),
+    "tied and there": (
+        dict(about={"tied": {"b": "a"}}),
+        "the tied tensor b has weights of its own",
+    ),
+    "nan": (
+        dict(tensors={"weights/a": ONE * float("nan")}),
+        "a has a mask and weights that are no",
+    ),
+    "inf": (dict(tensors={"weights/a": ONE / 0}), "a has a mask and weights that are not finite"),
+    "int64": (dict(tensors={"weights/a": ONE.long()}), "a has a mask and weights of torch.int64"),
+    "bool": (dict(tensors={"weights/a": ONE.bool()}), "a has a mask and weights of torch.bool"),
+    "complex": (dict(tensors={"weights/a": ONE * 1j}), "a has a mask and weights of torch.complex"),
+    "float8": (
+        dict(tensors={"weights/a": ONE.to(torch.float8_e4m3fn)}),
+        "a has a mask and weights of torch.float8_e4m3fn",
+    ),
+    "pruned after the last round": (
+        dict(tensors={"died/a": LATE}),
+        "a has weights pruned after the last of 2 prunings",
+    ),
+    "a mask without weights": (dict(tensors={"weights/a": None}), "a is no mask of its weights"),
+    "a mask of another shape": (
+        dict(tensors={"died/a": LATE.flatten()}),
+        "a is no mask of its weights",
+    ),
+    "a mask of another type": (dict(tensors={"died/a": ONE}), "a is no mask of its weights"),
+    "a tensor that is neither": (dict(tensors={"more/a": ONE}), "it has more/a"),
+    "two tensors, one plain name": (
+        dict(tensors={"weights/_orig_mod.a": ONE}),
+        "two of its tensors have one name",
+    ),
+    "a name of 100,000 letters": (dict(tensors={"died/" + "n" * 10**5: LATE}), "nnn... is no mask"),
+    "a note nested 100,000 deep": (dict(note=lambda said: DEEP), "its header cannot be read"),
+    "a note that is no object": (dict(note=lambda said: "3"), "its header cannot be read"),
+    "a note whose parts are numbers": (
+        dict(note=lambda said: json.dumps(said | dict(header=3))),
+        "its header cannot be read",
+    ),
+    "a kind of 100,000 letters": (
+        dict(note=lambda said: json.dumps(said | dict(kind="k" * 10**5))),
+        "kkk... file, not a ticket file",
+    ),
+    "another format": (
+        dict(note=lambda said: json.dumps(said | dict(format=[2]))),
+        "is written in format .2., this version of rg_tickets reads format 1",
+    ),
+    "format true": (
+        dict(note=lambda said: json.dumps(said | dict(format=True))),
+        "is written in format True",
+    ),
+}
+
+
+def read_forged(folder, spare, pipe):
+    "In a process with `spare` bytes of memory: read files made to be costly; tell what was wrong"
+    folder, bad = Path(folder), []
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare, used + spare))
+    for path in sorted(folder.iterdir()):
+        began = time.monotonic()
+        try:
+            Ticket.load(path)
+            bad.append(f"{path.name} was read")
+        except TicketError as e:
+            bad += [] if str(path) in str(e) and len(str(e)) < 700 else [f"{path.name}: {e}"]
+        except BaseException as e:
+            bad.append(f"{path.name}: {type(e).__name__}: {e}")
+        if (seconds := time.monotonic() - began) > 10:
+            bad.append(f"{path.name} took {seconds:.1f} s")
+    pipe.send(bad)

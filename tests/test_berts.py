@@ -11,6 +11,7 @@ from rg_tickets.basics import generator
 from rg_tickets.imp import imp
 from rg_tickets.models import berts
 from rg_tickets.models.berts import BERTS, HEADS, bert, cut, minilm_folder
+from rg_tickets.models.names import state, tied
 from rg_tickets.models.prunable import heads, prunable, replace_head, roles
 from rg_tickets.rewind import Snapshot
 from rg_tickets.tasks.core import Resident, Task, evaluate
@@ -150,25 +151,20 @@ def test_it_learns(head):
 def test_tied_weights_are_one():
     "Snapshot, state, ticket, training put aside: two names, one parameter, and never two values"
     network = tiny("mlm")
-    start = Snapshot(network.state_dict())
+    start = Snapshot({k: t.detach() for k, t in state(network).items()})
     word, decoder = "bert.embeddings.word_embeddings.weight", "head.predictions.decoder.weight"
-    assert (
-        roles(network)[decoder] == "weights"
-        and roles(network)["head.predictions.bias"]
-        == roles(network)["head.predictions.decoder.bias"]
-        == "head"
-    )
+    assert roles(network)[word] == "weights" and roles(network)["head.predictions.bias"] == "head"
+    assert decoder not in roles(network) and tied(network)[decoder] == word
     refine(toy("mlm"), network, recipe)
-    state = network.state_dict()
-    assert torch.equal(state[word], state[decoder]) and not torch.equal(
-        state[word], start.state[word]
-    )
+    after = network.state_dict()
+    assert torch.equal(after[word], after[decoder])
+    assert not torch.equal(after[word], start.state[word])
     start.restore(network, ("head",))
-    assert torch.equal(
-        network.state_dict()[word], network.state_dict()[decoder]
-    ) and not torch.equal(network.state_dict()[word], start.state[word])
+    after = network.state_dict()
+    assert torch.equal(after[word], after[decoder])
+    assert not torch.equal(after[word], start.state[word])
     start.restore(network)
-    assert digest(network.state_dict()) == start.digest
+    assert digest(state(network)) == start.digest
     names = [n for n, _ in network.named_parameters()]
     assert decoder not in names and sum(
         p.numel() for g in optimizer(network, recipe).param_groups for p in g["params"]

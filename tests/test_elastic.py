@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from rg_tickets import free
-from rg_tickets.basics import generator
+from rg_tickets.basics import generator, seeded
+from rg_tickets.connect import connectivity, reestimate
 from rg_tickets.elastic import (
     BLOCKS,
     STRATEGIES,
@@ -23,6 +25,7 @@ from rg_tickets.elastic import (
 from rg_tickets.masks import MaskHistory, prune
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
+from rg_tickets.tasks.core import Task, evaluate
 from rg_tickets.tickets import Ticket, TicketError, apply, digest
 from rg_tickets.uniformity import spread, trend
 
@@ -275,3 +278,124 @@ def test_trend_finds_a_known_slope():
     assert trend(x, 0.1 + 0.002 * x, se=0.01 * np.ones(7))["se"] == pytest.approx(
         0.01 / np.sqrt(((x - x.mean()) ** 2).sum())
     )
+
+
+class Normed(nn.Module):
+    "Two batch norms, a tied pair of layers, inputs by keyword"
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with seeded(seed, "init"):
+            self.a = nn.Linear(4, 4)
+            self.one = nn.BatchNorm1d(4)
+            self.b = nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+            self.two = nn.BatchNorm1d(4)
+            self.drop = nn.Dropout(0.5)
+            self.out = nn.Linear(4, 2)
+
+    def forward(self, features, scale=None):
+        h = self.one(self.a(features * scale))
+        return self.out(self.drop(self.two(torch.relu(self.b(h)))))
+
+
+def rows(seed=0):
+    "A task whose batches are dictionaries"
+    g = generator(seed, "rows")
+    x = torch.randn(96, 4, generator=g) + 1
+    data = [dict(features=o, scale=torch.tensor([2.0]), labels=int(o.sum() > 4)) for o in x]
+    loader = lambda part: torch.utils.data.DataLoader(part, batch_size=16)
+    return Task.from_loaders(loader(data[:64]), loader(data[64:]), name="rows")
+
+
+@pytest.mark.parametrize("how", ["not trained", "in evaluation mode", "neither"])
+def test_frozen_batch_norms_are_not_estimated_anew(how):
+    net = Normed().train()
+    net.drop.eval()
+    net.two.running_mean += 3
+    if how == "not trained":
+        for p in net.two.parameters():
+            p.requires_grad_(False)
+    if how == "in evaluation mode":
+        net.two.eval()
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    reestimate(net, rows())
+    after = net.state_dict()
+    assert [m.training for m in net.modules()] == modes and net.two.momentum == 0.1
+    assert not torch.equal(after["one.running_mean"], before["one.running_mean"])
+    same = [torch.equal(after[k], before[k]) for k in before if k.startswith("two.running")]
+    assert same == [how != "neither"] * 2
+    assert all(
+        torch.equal(after[k], t) for k, t in before.items() if "running" not in k and "num" not in k
+    )
+
+
+def test_statistics_are_those_of_torch_for_batches_of_any_form():
+    net, twin = Normed().eval(), Normed()
+    reestimate(net, rows())
+    batches = list(rows().data.batches(0, 0, 16))
+    for m in (twin.one, twin.two):
+        m.reset_running_stats()
+        m.momentum = None
+    twin.train()
+    twin.drop.eval()
+    with torch.no_grad():
+        for b in batches:
+            twin(features=b["features"], scale=b["scale"])
+    for k, t in net.state_dict().items():
+        torch.testing.assert_close(t, twin.state_dict()[k])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: net,
+        lambda net: torch.compile(net, backend="eager"),
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    ],
+    ids=["plain", "compiled", "DataParallel", "AveragedModel"],
+)
+def test_lines_between_tied_and_wrapped_networks(wrap):
+    a, b = Normed(1), Normed(2)
+    line = connectivity(Normed(), a.state_dict(), b.state_dict(), rows(), points=3)
+    net = wrap(Normed().train())
+    before = digest(net.state_dict())
+    other = connectivity(net, wrap(a).state_dict(), b.state_dict(), rows(), points=3)
+    pd.testing.assert_frame_equal(line, other)
+    assert digest(net.state_dict()) == before and net.training
+    first = evaluate(rows(), reestimate(Normed(1), rows()))
+    assert line.loss.iloc[0] == pytest.approx(first["loss"], abs=1e-6)
+    torn = a.state_dict() | {"b.weight": torch.zeros(4, 4)}  # two values for one tensor
+    with pytest.raises(
+        ValueError, match="weights_b is no state of this network, 1 tensors differ, b"
+    ):
+        connectivity(Normed(), a.state_dict(), torn, rows(), points=2)
+    with pytest.raises(
+        ValueError, match="weights_a is no state of this network, 1 tensors .* out.bias"
+    ):
+        less = {k: t for k, t in a.state_dict().items() if k != "out.bias"}
+        connectivity(Normed(), less, a.state_dict(), rows(), points=2)
+
+
+def test_shared_blocks_are_stretched_as_blocks_of_their_own():
+    "A recurrent stage: block 2 is block 1; its stretched ticket fits networks that share or do not"
+    shared = cifar(20)
+    shared.layer2[2] = shared.layer2[1]
+    ticket, plain = pruned(shared), cifar(20)
+    ticket = Ticket.of(shared, ticket.history)
+    assert "layer2.2.conv1.weight" in ticket.about["tied"] and blocks(ticket) == (3, 3, 3)
+    assert blocks(shared) == blocks(torch.compile(shared)) == (3, 3, 3)
+    same = stretch(ticket, "0:0;1:1;2:2")
+    k = "layer2.{}.conv1.weight"
+    assert same.about["tied"] == {} and list(same.weights) == list(plain.state_dict())
+    mask = ticket.history.mask()[k.format(1)]
+    for net in (plain, shared, torch.compile(cifar(20))):
+        apply(same, net)
+        live = dict(net.named_parameters(remove_duplicate=False))
+        for i in (1, 2):
+            w = next(p for name, p in live.items() if name.endswith(k.format(i)))
+            assert torch.equal(w != 0, mask)
+    longer = apply(stretch(ticket, "append", 32), cifar(32))
+    assert torch.equal(longer.layer2[4].conv1.weight != 0, mask)

@@ -130,11 +130,12 @@ def test_odd_rounds_have_a_card(tmp_path):
         [dict(t.rounds[0], tensors=[])],
         [dict(r, metrics={}) for r in t.rounds],
         t.rounds[:1],
-        "odd",
-        [1, 2],
     ):
         write(replace(t, rounds=rounds), tmp_path / "a")
-    assert "owner/name" in card(t)
+    for rounds in ("odd", [1, 2]):
+        assert "owner/name" in card(replace(t, rounds=rounds))
+        with pytest.raises(TicketError, match="its rounds are not a list of objects"):
+            write(replace(t, rounds=rounds), tmp_path / "b")
 
 
 def test_a_page_of_somebody_else_is_kept(tmp_path):

@@ -20,7 +20,7 @@ from rg_tickets.elastic import (
     stretch,
 )
 from rg_tickets.flows import Flow, observable
-from rg_tickets.imp import _enough, counts
+from rg_tickets.imp import check_schedule, counts
 from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled
 from rg_tickets.models.prunable import GROUPINGS, groups
 from rg_tickets.selection import smallest
@@ -185,7 +185,7 @@ def test_a_schedule_is_refused_exactly_where_it_would_leave_nothing(rate, rule, 
     while len(counts) <= rounds and 0 < (n := schedule.remove(counts[-1], total)) < counts[-1]:
         counts.append(counts[-1] - n)
     try:
-        _enough(schedule, total, rounds)
+        check_schedule(schedule, total, rounds)
         fine = True
     except ValueError as e:
         fine = False
@@ -423,9 +423,9 @@ def test_a_stretched_ticket_has_copies_and_nothing_else(
 def test_tickets_come_back_as_they_were(named, about, seed):
     g = torch.Generator().manual_seed(seed)
     tensors = {k: (torch.randn(s, generator=g) * 3).to(dtype) for k, (dtype, s) in named.items()}
-    died = {
-        k: torch.randint(1, 256, t.shape, generator=g).to(torch.uint8) for k, t in tensors.items()
-    }
+    floats = {k: t for k, t in tensors.items() if t.dtype in FLOATS}
+    when = {k: torch.randint(1, 256, t.shape, generator=g) for k, t in floats.items()}
+    died = {k: d.masked_fill(d > 200, ALIVE).to(torch.uint8) for k, d in when.items()}
     t = Ticket(tensors, MaskHistory(died, 200), [dict(n=0, metrics={"loss": 0.1})], about)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ticket.safetensors"

@@ -15,7 +15,7 @@ from rg_tickets.tasks.core import Resident, Task
 from rg_tickets.tasks.images import image_task
 from rg_tickets.tickets import Ticket, TicketError, digest
 from rg_tickets.train import Recipe
-from rg_tickets.transfer import MASKS, gaps, recorded, transfer
+from rg_tickets.transfer import MASKS, gaps, recorded, transfer, travelling
 
 RECIPE = Recipe(epochs=2, batch_size=32)
 SPEC = runs.Spec(
@@ -240,3 +240,218 @@ def test_killed_in_a_crossing(tmp_path):
     (tmp_path / c.id / "transfer.csv").rename(tmp_path / "killed.csv")
     again = go(tmp_path)
     pd.testing.assert_frame_equal(frame, again)
+
+
+class Dropped(nn.Module):
+    "A convolutional network with dropout; its output depends on the order of tensors in memory"
+
+    def __init__(self, seed=0, classes=10):
+        super().__init__()
+        with seeded(seed, "init"):
+            self.body = nn.Sequential(
+                nn.Conv2d(1, 6, 3, padding=1),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Dropout(0.3),
+                nn.Conv2d(6, 6, 3, padding=1),
+                nn.Dropout2d(0.2),
+                nn.ReLU(),
+            )
+            self.out = nn.Linear(6, classes)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.seen = 0
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            self.calls += 1
+        h = self.body(x).mean((2, 3))
+        return self.out(h) * (1 + 0.01 * self.calls / (1 + self.seen))
+
+
+def test_own_ticket_of_a_network_with_dropout_is_the_round_to_the_bit(tmp_path):
+    net, again = Dropped(), Dropped()
+    ticket = found(digits(), net, tmp_path)
+    row = transfer(digits(), again, ticket, 2, "own", recipe=RECIPE, device="cpu")
+    assert digest(again.state_dict()) == digest(net.state_dict()) and row == recorded(ticket, 2)
+    assert (
+        all(a.stride() == b.stride() for a, b in zip(again.parameters(), net.parameters()))
+        and not again.body[4].weight.is_contiguous()
+    )  # placed as the run placed it
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(task, network, ticket, folder, recipe=RECIPE):
+    "A transfer that is killed after its first epoch"
+
+    def stop(step, end):
+        raise Stop
+
+    with pytest.raises(Stop):
+        transfer(
+            task,
+            network,
+            ticket,
+            2,
+            recipe=recipe,
+            device="cpu",
+            folder=folder,
+            checkpoint_every=0,
+            report=stop,
+        )
+    assert (folder / "state.safetensors").exists()
+
+
+def test_a_killed_transfer_goes_on_with_counters_that_no_state_dict_has(tmp_path):
+    ticket = found(digits(), Dropped(), tmp_path / "run")
+    target = digits("mnist5k")
+    stopped(target, Dropped(1), ticket, tmp_path / "t")
+    rows, steps = [], []
+    for folder, net in ((tmp_path / "t", Dropped(1)), (None, Dropped(1))):
+        at = []
+        rows.append(
+            transfer(
+                target,
+                net,
+                ticket,
+                2,
+                recipe=RECIPE,
+                device="cpu",
+                folder=folder,
+                report=lambda step, end: at.append(step),
+            )
+        )
+        steps.append(at)
+    assert rows[0] == rows[1] and steps == [[8], [4, 8]]
+
+
+def smoothed(smoothing):
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("change", ["loss", "labels", "frozen", "activation", "nothing"])
+def test_a_state_of_another_transfer_is_left_alone(change, tmp_path):
+    "Loss settings, labels beyond the first batch, frozen layers, activations: all are its identity"
+    ticket = found(digits(), small(), tmp_path / "run")
+
+    def target(smoothing=0.1, labels=0):
+        task = digits("mnist5k")
+        task.data.y[-1] = labels
+        return Task("t", task.data, smoothed(smoothing), classes=10)
+
+    first, other = small(1), small(1)
+    task = target()
+    if change == "loss":
+        task = target(smoothing=0.2)
+    elif change == "labels":
+        task = target(labels=1)
+    elif change == "frozen":
+        other.layer1[0].conv1.weight.requires_grad_(False)
+    elif change == "activation":
+        other.relu = nn.GELU()
+    stopped(target(), first, ticket, tmp_path / "t")
+    at = []
+    transfer(
+        task,
+        other,
+        ticket,
+        2,
+        recipe=RECIPE,
+        device="cpu",
+        folder=tmp_path / "t",
+        report=lambda step, end: at.append(step),
+    )
+    assert at == ([8] if change == "nothing" else [4, 8])
+
+
+class Words(nn.Module):
+    "A language model in small, called with keywords; its head is tied to its embedding"
+
+    def __init__(self, seed=0, tie=True):
+        super().__init__()
+        with seeded(seed, "init"):
+            self.embed = nn.Embedding(20, 8)
+            self.mix = nn.Linear(8, 8)
+            self.decoder = nn.Linear(8, 20, bias=False)
+        if tie:
+            self.decoder.weight = self.embed.weight
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.embed(input_ids) * attention_mask[..., None]
+        return self.decoder(torch.tanh(self.mix(h)))
+
+
+def sentences(name, seed):
+    "Batches that are dictionaries; each token is to be followed by the next number"
+    g = generator(seed, "sentences")
+    ids = torch.randint(0, 20, (96, 6), generator=g)
+    rows = [
+        dict(input_ids=x, attention_mask=torch.ones(6), labels=(x + 1 + seed) % 20) for x in ids
+    ]
+    loader = lambda part: torch.utils.data.DataLoader(part, batch_size=16)
+    score = lambda output, target: nn.functional.cross_entropy(output.transpose(1, 2), target)
+    return Task.from_loaders(loader(rows[:64]), loader(rows[64:]), loss=score, name=name)
+
+
+def test_batches_of_any_form_and_tied_tensors_go_the_same_way(tmp_path):
+    net, again = Words(), Words()
+    ticket = found(sentences("a", 0), net, tmp_path, preset="all")
+    assert "embed.weight" in ticket.history.died and ticket.about["tied"]
+    row = transfer(sentences("a", 0), again, ticket, 2, "own", recipe=RECIPE, device="cpu")
+    assert digest(again.state_dict()) == digest(net.state_dict()) and row == recorded(ticket, 2)
+    mask = ticket.history.mask(2)["embed.weight"]
+    assert (
+        not again.decoder.weight.detach()[~mask].any()
+        and again.decoder.weight is again.embed.weight
+    )
+    other = Words(1)
+    row = transfer(sentences("b", 1), other, ticket, 2, recipe=RECIPE, device="cpu")
+    went = list(travelling(ticket, Words(1)).history.died)
+    assert not other.mix.weight.detach()[~ticket.history.mask(2)["mix.weight"]].any()
+    assert row["source"] == "a" and "mix.weight" in went
+
+
+def test_wrapped_targets(tmp_path):
+    ticket = found(digits(), small(), tmp_path)
+    rows = [
+        transfer(digits("mnist5k"), net, ticket, 2, recipe=RECIPE, device="cpu")
+        for net in (small(1), torch.compile(small(1), backend="eager"))
+    ]
+    assert rows[0] == rows[1] and rows[0]["model"] == "cifar_resnet8"
+
+
+def test_what_is_refused_before_training(tmp_path):
+    from rg_tickets.tickets import apply, hold
+
+    ticket = found(digits(), small(), tmp_path)
+    go = lambda net, **kw: transfer(
+        digits("mnist5k"), net, **dict(ticket=ticket, n=2, recipe=RECIPE, device="cpu") | kw
+    )
+    with pytest.raises(ValueError, match=r"call release\(network\) first"):
+        go(hold(apply(ticket, small()), ticket))
+    with pytest.raises(ValueError, match="seed"):
+        go(small(), seed=1.2)
+    odd = Ticket(**(vars(ticket) | dict(about=ticket.about | dict(rewind={"resets": 3}))))
+    with pytest.raises(TicketError, match="which is no policy"):
+        go(small(), ticket=odd)
+    task = Task("t", digits("mnist5k").data, metrics={"broken": lambda output, target: output})
+    with pytest.raises(ValueError, match="'broken'"):
+        transfer(task, small(), ticket, 2, recipe=RECIPE, device="cpu")
+    bare = Ticket(**(vars(ticket) | dict(rounds=[{}] * 3)))
+    with pytest.raises(TicketError, match="round 2 of this ticket has no metrics and no loss"):
+        recorded(bare, 2)
+
+
+def test_frozen_batch_norm_and_modes_stay(tmp_path):
+    ticket = found(digits(), small(), tmp_path)
+    net = small(1)
+    for p in net.bn1.parameters():
+        p.requires_grad_(False)
+    before = {k: t.clone() for k, t in net.bn1.state_dict().items()}
+    ticket.weights |= {f"bn1.{k}": t.clone() for k, t in before.items()}
+    transfer(digits("mnist5k"), net, ticket, 2, recipe=RECIPE, device="cpu")
+    assert digest(net.bn1.state_dict()) == digest(before) and net.layer1.training
+    assert digest(net.layer1.state_dict()) != digest(small(1).layer1.state_dict())

@@ -6,120 +6,126 @@
 __all__ = ['WRAPPERS', 'INNER', 'BESIDE', 'PretrainedError', 'read_weights', 'Receipt', 'load_pretrained']
 
 # %% ../../nbs/12a_pretrained.ipynb #97e7a39f
-import errno, hashlib, re, warnings, zipfile
+import errno, hashlib, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import torch, torchvision
-from safetensors import safe_open
 from ..basics import lookup
-from .prunable import _under, heads, roles
+from rg_tickets.files import (
+    CONTAINERS,
+    FileError,
+    Stored,
+    TorchFile,
+    describe_content,
+    find_tensors,
+    is_dtype,
+    read_safetensors,
+)
+from .names import plain_tensors, set_state, state, tied, unwrap
+from .prunable import below, heads
 from .resnets import MODELS, resnet
 
 # %% ../../nbs/12a_pretrained.ipynb #b1e253df
-class PretrainedError(ValueError):
+class PretrainedError(FileError):
     "Weights that cannot be read, or were made for another network"
-
-
-def _refused(path, what):
-    "Say why a file that is more than data stays closed"
-    return PretrainedError(
-        f"{path} is more than data: {what}. Opening it could run any code, so it stays closed. "
-        "Where it was made, and is trusted, write the weights alone: torch.save(model.state_dict(), 'weights.pth')"
-    )
 
 
 def _damaged(path, what):
     "Say that a file is no file of weights, or no longer"
     return PretrainedError(
-        f"{path} cannot be read ({what}): it was cut short, damaged, or is another kind of file. Copy or download it again"
+        f"{path} cannot be read ({what}): it was cut short, damaged, or is another kind of file. "
+        "Copy or download it again"
     )
+
+
+_PLAIN = re.compile(
+    r"collections\.\w+|torch\.(Size|device|(cuda\.|storage\.)?\w*Storage)"
+    r"|torch\._(utils|tensor)\._rebuild_\w+|torch\.nn\.parameter\.(Parameter|Buffer)"
+    r"|torch\.(per_\w+_affine|preserve_format|strided|sparse_\w+|serialization\._get_layout)"
+    r"|numpy\.(dtype|ndarray|_?core\.multiarray\.\w+|dtypes\.\w+)|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(set|frozenset|complex|bytearray|slice|range)"
+    r"|argparse\.Namespace|pathlib\.\w+"
+)
+
+
+def _more_than_data(asked):
+    "The first class or function that a file of plain data does not need, or None"
+    return next((name for name in asked if not _PLAIN.fullmatch(name) and not is_dtype(name)), None)
+
+
+def _refused(path, what):
+    "Say why weights of a file that is more than data are not taken"
+    return PretrainedError(
+        f"{path} is more than data: {what}. A file like that can run any code where it is loaded, "
+        "so its weights are not taken. Where it was made, and is trusted, write them alone: "
+        "torch.save(model.state_dict(), 'weights.pth'); `archives.read_module` reads the tensors "
+        "of a whole network and runs none of it"
+    )
+
+
+def _open(path):
+    "A file of torch.save, if it is plain data"
+    file = TorchFile(path, PretrainedError)
+    if "TorchScript" in file.asked:
+        raise _refused(path, "it is a TorchScript archive, a program with weights")
+    if wants := _more_than_data(file.asked):
+        raise _refused(path, f"it asks for {wants[:80]} while it is loaded")
+    return file
 
 # %% ../../nbs/12a_pretrained.ipynb #48dcb792
-def _torch_file(path):
-    "What `torch.save` wrote, if it is plain data"
+def _explain_empty(where, content):
+    "What a source without tensors holds, and what is expected"
+    return (
+        f"{where} holds no tensors with names: it is {describe_content(content)}. Expected is a "
+        f"state_dict, or a dictionary with one under {' or '.join(map(repr, CONTAINERS[:6]))}"
+    )
+
+
+def _found(content, kind, inside, where):
+    "name -> tensor in what a source holds; none is a PretrainedError"
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as z:
-                bad = z.testzip()  # torch does not look at the checksums itself
-            if bad:
-                raise _damaged(path, f"the checksum of {bad} does not agree with its content")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of pickles that it goes on to refuse
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (PretrainedError, MemoryError, PermissionError):
-        raise
-    except Exception as e:  # a damaged pickle can fail in any way
-        if wants := re.search(r"GLOBAL (\S+)", str(e)):
-            raise _refused(path, f"it asks for {wants[1]} while it is loaded") from None
-        if "TorchScript" in str(e):
-            raise _refused(path, "it is a TorchScript archive, a program with weights") from None
-        raise _damaged(
-            path, f"torch gives up on it with {type(e).__name__}"
-        ) from None  # its message would advise to run the code
+        named, _ = find_tensors(content, kind, inside, where)
+    except FileError as e:
+        raise PretrainedError(str(e)) from None
+    if not named:
+        raise PretrainedError(_explain_empty(where, content))
+    return named
 
 
-def _safetensors_file(path):
-    "Every tensor of a safetensors file"
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as e:
-        raise _damaged(path, e) from None
-
-# %% ../../nbs/12a_pretrained.ipynb #9ff91e97
-_INSIDE = "state_dict", "model_state_dict", "model"  # where training scripts keep the weights
-
-
-def _tensors(data, where):
-    "The named tensors in what a file held"
-    inner = (
-        next((data[k] for k in _INSIDE if isinstance(data.get(k), Mapping)), data)
-        if isinstance(data, Mapping)
-        else {}
-    )
-    found = {k: t for k, t in inner.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}
-    if found:
-        return found
-    held = (
-        f"a dictionary with {', '.join(map(repr, list(data)[:5])) or 'nothing in it'}"
-        if isinstance(data, Mapping)
-        else f"of type {type(data).__name__}"
-    )
-    raise PretrainedError(
-        f"{where} holds no tensors with names: it is {held}. Expected is a state_dict, or a dictionary with one under {' or '.join(map(repr, _INSIDE))}"
-    )
-
-
-def read_weights(
-    path,  # a .pth/.pt/.tar file written by torch.save, a .safetensors file, or the folder of a run of ours
-) -> dict[str, torch.Tensor]:  # name -> CPU tensor, names as they are in the file
-    "The tensors of a file; no code in it is ever run, and one that asks for code, is damaged or holds no tensors is a PretrainedError"
+def _read(path, inside=None):
+    "(name -> tensor, name -> why it is no ordinary tensor) of a file"
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / "ticket.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(
-            errno.ENOENT,
-            "no file of weights here; give a .pth or .safetensors file, the folder of a run, or 'torchvision:IMAGENET1K_V1'",
-            str(path),
-        )
+        raise FileNotFoundError(errno.ENOENT, _NO_FILE, str(path))
     with path.open("rb") as f:
         start = f.read(9)
-    return _tensors(
-        (_safetensors_file if start[8:] == b"{" or path.suffix == ".safetensors" else _torch_file)(
-            path
-        ),
-        path,
-    )
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        tensors = read_safetensors(path, PretrainedError)
+        return _found(tensors, torch.Tensor, inside, path), {}
+    file = _open(path)
+    named = _found(file.content, Stored, inside, path)
+    odd = {k: t.odd for k, t in named.items() if t.odd}
+    return file.read({k: t for k, t in named.items() if k not in odd}), odd
+
+
+_NO_FILE = (
+    "no file of weights here; give a .pth or .safetensors file, the folder of a run, "
+    "or 'torchvision:IMAGENET1K_V1'"
+)
+
+
+def read_weights(
+    path,  # a file written by torch.save, a .safetensors file, or the folder of a run of ours
+    inside: str | None = None,  # where in its dictionaries to look, "a.b"; None: the usual places
+) -> dict[str, torch.Tensor]:  # name -> CPU tensor, names as in the file; tied ones share memory
+    "Read the tensors of a file; a file that asks for code or has no tensors is a PretrainedError"
+    return _read(path, inside)[0]
 
 # %% ../../nbs/12a_pretrained.ipynb #afaa9907
-WRAPPERS = {
-    "module.": "parallel training",
-    "_orig_mod.": "torch.compile",
-}  # on every name of the file
+WRAPPERS = {"module": "parallel training", "_orig_mod": "torch.compile"}  # what they add to names
 
 INNER = {  # on the names of the network only: what the file is
     "encoder_q.": "MoCo: its query encoder",
@@ -135,30 +141,64 @@ BESIDE = {  # regular expression -> what a tensor is that no backbone has
     r"^(fc\d?|heads?|classifier|linear|proj\w*|predictor|mlp)\.": "head",
 }
 
-# %% ../../nbs/12a_pretrained.ipynb #000894ee
-def _strip(tensors, own):
-    "The tensors without wrappers, what was found, and the names that are beside the network"
-    found, beside, mine = [], {}, lambda prefix: any(k.startswith(prefix) for k in own)
-    while prefix := next(
-        (p for p in WRAPPERS if tensors and all(k.startswith(p) for k in tensors) and not mine(p)),
-        None,
-    ):
-        tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}
-        found.append(WRAPPERS[prefix])
-    if prefix := next(
-        (p for p in INNER if any(k.startswith(p) for k in tensors) and not mine(p)), None
-    ):
-        beside = {
-            k: _beside(k) or "beside the network" for k in tensors if not k.startswith(prefix)
-        }
-        tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        found.append(INNER[prefix])
-    return tensors, found, beside
-
 
 def _beside(name):
     "What a tensor that no backbone has is, or None"
     return next((what for pattern, what in BESIDE.items() if re.search(pattern, name)), None)
+
+
+def _unwrapped(tensors, network):
+    "The tensors under plain names, and which wrappers were taken off"
+    try:
+        plain = plain_tensors(tensors, network)
+        if network is not None and not set(plain) & set(state(network)):
+            plain = plain_tensors(tensors)  # names do not decide: take off what all have
+    except ValueError as e:
+        raise PretrainedError(str(e)) from None
+    parts = lambda names: {part for name in names for part in name.split(".")}
+    gone = parts(tensors) - parts(plain)
+    return plain, [what for part, what in WRAPPERS.items() if part in gone]
+
+# %% ../../nbs/12a_pretrained.ipynb #000894ee
+def _paths(names, own):
+    "Path -> how many of `own` are among `names` below it; `own` and `names` are names of tensors"
+    one = max(own, key=lambda k: k.count("."), default="")
+    paths = {k.removesuffix(one) for k in names if one and k.endswith(f".{one}")}
+    have = set(names)
+    return {path: sum(path + k in have for k in own) for path in sorted(paths)}
+
+
+def _entered(tensors, own):
+    "(tensors of the part that fits a network with names `own`, what was found, names beside it)"
+    mine = lambda prefix: any(k.startswith(prefix) for k in own)
+    known = [p for p in INNER if any(k.startswith(p) for k in tensors) and not mine(p)]
+    prefix = next(iter(known), None) or _path_to(tensors, own)
+    if prefix is None:
+        return tensors, [], {}
+    if not any(k.startswith(prefix) for k in tensors):  # the file is a part of the network
+        return {prefix + k: t for k, t in tensors.items()}, [f"weights of its {prefix[:-1]!r}"], {}
+    outside = [k for k in tensors if not k.startswith(prefix)]
+    beside = {k: _beside(k) or "beside the network" for k in outside}
+    found = INNER.get(prefix, f"a network inside another, as {prefix[:-1]!r}")
+    inner = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    return inner, [found], beside
+
+
+def _path_to(tensors, own):
+    "The path to the network in the file, or to the file in the network, or None if names agree"
+    if not own or set(tensors) & set(own):
+        return None
+    for names, sought in ((tensors, own), (own, tensors)):
+        paths = _paths(list(names), list(sought))
+        best = [path for path, n in paths.items() if n == max(paths.values())]
+        if len(best) > 1:
+            raise PretrainedError(
+                f"two networks of this kind are in the file, under {best[0]!r} and {best[1]!r}: "
+                "give a dictionary with the names of one of them"
+            )
+        if best:
+            return best[0]
+    return None
 
 # %% ../../nbs/12a_pretrained.ipynb #f4d3e482
 def _multiply(tensors, where):
@@ -171,7 +211,8 @@ def _multiply(tensors, where):
     for k, (t, m) in pairs.items():
         if m is None or m.shape != t.shape or not ((m == 0) | (m == 1)).all():
             raise PretrainedError(
-                f"{where} is pruned, but {k}_mask is no mask of zeros and ones for {k}_orig: the file is not whole, take another"
+                f"{where} is pruned, but {k}_mask is no mask of zeros and ones for {k}_orig: "
+                "the file is not whole, take another"
             )
     if all(k.endswith("_mask") for k in tensors):
         raise PretrainedError(
@@ -198,42 +239,96 @@ def _clash(mine, theirs):
         return "it is no ordinary tensor in the file"
     if mine.shape != theirs.shape or mine.is_floating_point() != theirs.is_floating_point():
         return f"{_kind(theirs)} in the file, {_kind(mine)} in the network"
-    return (
-        None
-        if theirs.isfinite().all()
-        else "not all numbers in the file are finite; its training diverged"
-    )
+    if theirs.is_complex() != mine.is_complex():
+        return f"{_kind(theirs)} in the file, {_kind(mine)} in the network"
+    numbers = theirs.float() if theirs.itemsize == 1 and theirs.is_floating_point() else theirs
+    return None if numbers.isfinite().all() else _DIVERGED
+
+
+_DIVERGED = "not all numbers in the file are finite; its training diverged"
+
+
+def _head_tensors(network):
+    "Plain first names of the tensors that belong to the head and to nothing else"
+    head, first = heads(network), tied(network)
+    names = {}
+    for name in state(network):
+        names[name] = [name, *(alias for alias, one in first.items() if one == name)]
+    return {k for k, all_names in names.items() if all(below(o, head) for o in all_names)}
+
+
+def _once(network, tensors):
+    "(tensors under first names, alias -> why it is left, name -> what is wrong)"
+    first, out, left, wrong = tied(network), {}, {}, {}
+    for name in sorted(tensors, key=lambda k: k in first):  # first names, then aliases
+        one = first.get(name, name)
+        if one not in out:
+            out[one] = tensors[name]
+        elif torch.equal(out[one], tensors[name]):
+            left[name] = f"tied to {one}"
+        else:
+            wrong[name] = f"other numbers than {one}, and the network has one tensor for both"
+    return out, left, wrong
 
 # %% ../../nbs/12a_pretrained.ipynb #c515c214
-def _sort(network, tensors, head, leave):
-    "Names to take; file name -> why it is left; network name -> why it keeps its own; name -> what is wrong"
-    own, role, take, left, wrong = network.state_dict(), roles(network), [], {}, {}
+@dataclass
+class _Sorted:
+    "Where every tensor of a file and of a network goes"
+
+    take: list  # names of the network's tensors that the file gives
+    left: dict  # name in the file -> why it is left there
+    kept: dict  # name in the network -> why it keeps its own
+    wrong: dict  # name -> what is wrong with it
+
+
+def _place(k, t, own, keeps, modules, leave):
+    "(where a tensor of the file goes, and why); `keeps` and `modules` are the head's"
+    if below(k, leave):
+        return "left", "asked to leave"
+    if k in keeps or (k not in own and below(k, modules)):
+        return "left", "head"
+    if k not in own:
+        return ("left", _beside(k)) if _beside(k) else ("wrong", "not in the network")
+    if k == "conv1.weight" and own[k].dim() == t.dim() and own[k].shape != t.shape:
+        return "left", f"another stem: {_clash(own[k], t)}"
+    clash = _clash(own[k], t)
+    return ("wrong", clash) if clash else ("take", "")
+
+
+def _why_kept(k, keeps, leave):
+    "Why a tensor of the network may keep its values though the file has none for it, or None"
+    if below(k, leave):
+        return "asked to leave"
+    if k in keeps:
+        return "head"
+    return "not in the file" if k.endswith("num_batches_tracked") else None
+
+
+def _sort(network, tensors, odd, head, leave):
+    "Where every tensor goes, and name -> tensor of those that are taken"
+    own, modules = state(network), () if head else heads(network)
+    keeps = set() if head else _head_tensors(network)
+    tensors, left, wrong = _once(network, tensors)
+    out = _Sorted([], left, {}, wrong)
     for k, t in tensors.items():
-        if _under(k, leave):
-            left[k] = "asked to leave"
-        elif not head and (role.get(k) == "head" or _under(k, heads(network))):
-            left[k] = "head"
-        elif k not in own:
-            (left if _beside(k) else wrong)[k] = _beside(k) or "not in the network"
-        elif k == "conv1.weight" and own[k].dim() == t.dim() and own[k].shape != t.shape:
-            left[k] = f"another stem: {_clash(own[k], t)}"
-        elif clash := _clash(own[k], t):
-            wrong[k] = clash
+        where, why = _place(k, t, own, keeps, modules, leave)
+        if where == "take":
+            out.take.append(k)
         else:
-            take.append(k)
-    kept = {k: left.get(k, "") for k in own if k not in take and k not in wrong}
-    for k in kept:
-        if k in left:
+            getattr(out, where)[k] = why
+    chosen = set(out.take)
+    out.take = [k for k in own if k in chosen]
+    take = {k: tensors[k] for k in out.take}
+    for k in own:
+        if k in take or k in out.wrong:
             continue
-        if _under(k, leave):
-            kept[k] = "asked to leave"
-        elif role[k] == "head" and not head:
-            kept[k] = "head"
-        elif k.endswith("num_batches_tracked"):
-            kept[k] = "not in the file"
+        why = out.left.get(k) or _why_kept(k, keeps, leave)
+        if why:
+            out.kept[k] = why
         else:
-            wrong[k] = "not in the file"
-    return take, left, kept, {k: wrong[k] for k in sorted(wrong, key=list(own | wrong).index)}
+            out.wrong[k] = odd.get(k, "not in the file")
+    out.wrong = {k: out.wrong[k] for k in own | out.wrong if k in out.wrong}
+    return out, take
 
 # %% ../../nbs/12a_pretrained.ipynb #242a70fe
 def _looks_like(tensors):
@@ -258,19 +353,20 @@ def _looks_like(tensors):
 
 def _misfit(where, network, tensors, wrong):
     "Say what does not fit, and what would"
-    first, more, mine = (
-        list(wrong.items())[:3],
-        max(0, len(wrong) - 3),
-        getattr(network, "name", type(network).__name__),
-    )
+    inner = unwrap(network)
+    mine = getattr(inner, "name", type(inner).__name__)
+    first, more = list(wrong.items())[:3], max(0, len(wrong) - 3)
     other = _looks_like(tensors)
     hint = (
         f"They look like those of a {other}: build that network"
         if other and other != mine
         else "Build the network that the weights were made for"
     )
-    if not set(wrong) - {k for k, r in roles(network).items() if r == "head"}:
-        hint = "Only the head differs: use head=False, or build the network with the file's number of classes"
+    if not set(wrong) - _head_tensors(network):
+        hint = (
+            "Only the head differs: use head=False, or build the network with the file's number "
+            "of classes"
+        )
     return PretrainedError(
         f"the weights of {where} do not fit the network ({mine}): "
         + "; ".join(f"{k}: {what}" for k, what in first)
@@ -287,7 +383,8 @@ def _cached(url, download, size=""):
         if not download:
             raise FileNotFoundError(
                 errno.ENOENT,
-                f"torchvision's weights are not on this machine. Get {url}{size} and put it where this message ends, or say download=True (TORCH_HOME moves the folder)",
+                f"torchvision's weights are not on this machine. Get {url}{size} and put it where "
+                "this message ends, or say download=True (TORCH_HOME moves the folder)",
                 str(path),
             )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,9 +413,9 @@ def _cached(url, download, size=""):
 def _torchvision(network, weights, download):
     "The file of torchvision's weights called so for a network like this one"
     name = (
-        getattr(network, "name", None)
-        or _looks_like(network.state_dict())
-        or type(network).__name__
+        getattr(unwrap(network), "name", None)
+        or _looks_like(state(network))
+        or type(unwrap(network)).__name__
     )
     table = {
         n: torchvision.models.get_model_weights(n).__members__
@@ -366,12 +463,13 @@ class Receipt:
 
 # %% ../../nbs/12a_pretrained.ipynb #1a55304c
 def _source(network, source, download):
-    "Tensors and name of a source"
+    "(name -> tensor, name -> why one is no ordinary tensor, what to call it) of a source"
     if isinstance(source, Mapping):
-        return _tensors(source, "the given dictionary"), "a state_dict"
+        where = "the given dictionary"
+        return _found(dict(source), torch.Tensor, None, where), {}, "a state_dict"
     prefix, _, weights = str(source).partition(":")
     path = _torchvision(network, weights, download) if prefix == "torchvision" else source
-    return read_weights(path), str(source)
+    return *_read(path), str(source)
 
 
 def _leave(leave, names):
@@ -383,35 +481,42 @@ def _leave(leave, names):
     return leave
 
 # %% ../../nbs/12a_pretrained.ipynb #77b8b25f
-@torch.no_grad()
-def load_pretrained(
-    network: torch.nn.Module,  # changed in place, unless an error is raised; any network, CIFAR and torchvision ResNets above all
-    source,  # a file or run folder as in `read_weights`, "torchvision:IMAGENET1K_V1", or a state_dict
-    head: bool = False,  # whether to take the head too; a head that does not fit is then an error
-    leave: tuple = (),  # modules or tensors to leave in the file, e.g. ("conv1",)
-    download: bool = False,  # whether torchvision's weights may be fetched
-) -> Receipt:  # what was taken, left and kept
-    "Put weights from elsewhere into `network`; other architectures, damaged files and files that ask for code are a PretrainedError, missing files a FileNotFoundError"
-    own = network.state_dict()
+def _check_place(own):
+    "Raise a PretrainedError for a network that has no memory"
     if any(t.is_meta for t in own.values()):
         raise PretrainedError(
-            "the network is on the meta device and has no place for weights: build it on the CPU or a GPU"
+            "the network is on the meta device and has no place for weights: "
+            "build it on the CPU or a GPU"
         )
-    tensors, where = _source(network, source, download)
-    named, found, beside = _strip(tensors, own)
+
+
+@torch.no_grad()
+def load_pretrained(
+    network: torch.nn.Module,  # any network; changed in place, unless an error is raised
+    source,  # file or run folder as in `read_weights`, "torchvision:IMAGENET1K_V1", or a state_dict
+    head: bool = False,  # whether to take the head too; one that does not fit is then an error
+    leave: tuple = (),  # modules or tensors to leave in the file, e.g. ("conv1",)
+    download: bool = False,  # whether torchvision's weights may be fetched
+) -> Receipt:  # what was taken, left and kept; plain names, a tied tensor once
+    "Put weights from elsewhere into a network; what does not fit or cannot be read is an error"
+    own = state(network)
+    _check_place(own)
+    tensors, odd, where = _source(network, source, download)
+    named, found = _unwrapped(tensors, network)
+    named, inner, beside = _entered(named, own)
     named, pruned = _multiply(named, where)
-    take, left, kept, wrong = _sort(network, named, head, _leave(leave, [*named, *own]))
-    if wrong:
-        raise _misfit(where, network, named, wrong)
-    ready = {
-        k: torch.empty_like(own[k]).copy_(named[k]) for k in take
-    }  # all that can fail has happened
-    for k, t in ready.items():
-        own[k].copy_(t)
+    plain_odd = _unwrapped({k: torch.empty(0) for k in odd}, None)[0]
+    odd = dict(zip(plain_odd, odd.values()))
+    sorted_, take = _sort(network, named, odd, head, _leave(leave, [*named, *own]))
+    if sorted_.wrong:
+        raise _misfit(where, network, named, sorted_.wrong)
+    ready = {k: torch.empty_like(own[k]).copy_(t) for k, t in take.items()}
+    set_state(network, ready, strict=False)  # all that can fail has happened
+    kind = [*found, *inner, *["pruned: weight times mask"] * pruned]
     return Receipt(
         where,
-        ", ".join(found + ["pruned: weight times mask"] * pruned) or "plain weights",
-        tuple(take),
-        beside | left,
-        kept,
+        ", ".join(kind) or "plain weights",
+        tuple(sorted_.take),
+        beside | sorted_.left,
+        sorted_.kept,
     )

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats takes half a second to load
 from .basics import lookup, patch_to
 from rg_tickets.figures import (
     PALETTE,
@@ -319,7 +319,7 @@ def interval(
     if n < 2:
         return values.mean(), np.nan, np.nan, np.nan
     se = values.std(ddof=1) / np.sqrt(n)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * se
+    half = stdtrit(n - 1, (1 + level) / 2) * se
     return values.mean(), se, values.mean() - half, values.mean() + half
 
 # %% ../nbs/30_flows.ipynb #aafdd772
@@ -379,7 +379,7 @@ def _summary(g, level, error):
     mean, se, low, high = interval(g.sigma, level)
     if n < 2 or error == "fit":
         se = np.sqrt((g.fit_error**2).mean() / n)
-        half = stats.t.ppf((1 + level) / 2, max(1, g.points.iloc[0] - 2)) * se
+        half = stdtrit(max(1, g.points.iloc[0] - 2), (1 + level) / 2) * se
         low, high = mean - half, mean + half
     return pd.Series(
         dict(
@@ -420,7 +420,7 @@ def _welch(a, b, level):
     "Difference of means of two independent samples with Welch's interval"
     va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
     se, dof = np.sqrt(va + vb), (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = stats.t.ppf((1 + level) / 2, dof) * se
+    half = stdtrit(dof, (1 + level) / 2) * se
     d = np.mean(a) - np.mean(b)
     return d, se, d - half, d + half
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from sklearn.datasets import load_digits
 from ..basics import lookup, stream
 
 # %% ../../nbs/13a_embedded.ipynb #44124f22
@@ -102,6 +101,8 @@ def digits8(
     seed: int = 0,  # the data seed
 ) -> Pictures:  # 1297 training and 500 test pictures, 10 classes
     "Handwritten digits of scikit-learn, enlarged from 8x8"
+    from sklearn.datasets import load_digits  # here, because plans need the table below only
+
     x, y = load_digits(return_X_y=True)
     x = np.rint(x.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     return _handwriting(resized(x, size), y.astype(np.int64), 500, seed, "digits8")

@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 from ..basics import generator
 from .core import Resident, Task
@@ -33,6 +31,8 @@ def matthews(
     target: torch.Tensor,  # [n] 0 or 1
 ) -> float:  # in [-1, 1]
     "Matthews' correlation of choices and classes"
+    from sklearn.metrics import matthews_corrcoef  # here and below: plans need no scores
+
     return float(matthews_corrcoef(target.cpu().numpy(), _choices(output)))
 
 
@@ -41,6 +41,8 @@ def f1(
     target: torch.Tensor,  # [n] 0 or 1
 ) -> float:  # in [0, 1]
     "Harmonic mean of precision and recall of class 1"
+    from sklearn.metrics import f1_score
+
     return float(f1_score(target.cpu().numpy(), _choices(output), zero_division=0))
 
 
@@ -54,6 +56,8 @@ def pearson(
     target: torch.Tensor,  # [n] truth
 ) -> float:  # in [-1, 1]; 0 if either is constant
     "Pearson's correlation"
+    from scipy.stats import pearsonr
+
     return _correlation(pearsonr, output, target)
 
 
@@ -62,6 +66,8 @@ def spearman(
     target: torch.Tensor,  # [n] truth
 ) -> float:  # in [-1, 1]; 0 if either is constant
     "Spearman's correlation: Pearson's of the ranks"
+    from scipy.stats import spearmanr
+
     return _correlation(spearmanr, output, target)
 
 # %% ../../nbs/15b_pieces.ipynb #ddb7bb1e

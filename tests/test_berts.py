@@ -81,7 +81,7 @@ def tiny(head="classes", seed=0, **config):
 def test_imp(head, tmp_path):
     "Two rounds: only the matrices die, everything rewinds, the file tells it all, and the ticket fits"
     task, network = toy(head), tiny(head)
-    start = {k: t.clone() for k, t in network.state_dict().items()}
+    start = {k: t.detach().clone() for k, t in state(network).items()}
     rounds = list(
         imp(
             task,
@@ -185,7 +185,9 @@ def test_put_aside_and_taken_up(head):
     opt = optimizer(second, r)
     step, state = saved["at"]
     unpack(state, second, opt)
-    refine(toy(head), second, r, start=step, opt=opt)
+    task = toy(head)
+    rate = lambda k: r.rate(k, task.data.steps(r.batch_size))  # a given optimizer keeps its own
+    refine(task, second, r, start=step, rate=rate, opt=opt)
     assert digest(first.state_dict()) == digest(second.state_dict())
 
 

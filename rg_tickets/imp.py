@@ -885,6 +885,11 @@ def prepare_run(
     "Try network and task, and build the run that was asked for"
     check_not_held(network)
     check_network(network)
+    if world.size > 1 and task.loss == "model" and not task.objective:
+        raise ValueError(
+            f"the network computes the loss of {task.name!r} itself, and on {world.size} ranks "
+            "each would see a part of the batch: let the task compute it, loss=f(output, target)"
+        )
     place(network, world.device(device))
     start, recipe = Unsaved.of(network), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)

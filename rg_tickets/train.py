@@ -359,8 +359,7 @@ def refine(
     masked: Masked | None = None,  # who is dead
     start: int = 0,  # first step
     stop: int | None = None,  # step before which to stop, by default the recipe's last
-    rate: Callable
-    | None = None,  # step -> learning rate, instead of the recipe's or of `opt`'s own
+    rate: Callable | None = None,  # step -> learning rate; None: the recipe's, or those of `opt`
     opt: torch.optim.Optimizer | None = None,  # carried on, with its own rates; fresh by default
     after_epoch: Callable | None = None,  # called with (step, network, optimizer, mean loss)
 ) -> float:  # mean training loss of the last epoch, nan if there was no step to do

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from rg_tickets.basics import generator, seeded
-from rg_tickets.imp import CONTROLS, Control, check_arguments, imp, score_weights
+from rg_tickets.imp import Control, check_arguments, imp, score_weights
 from rg_tickets.masks import RoundSchedule, Schedule
 from rg_tickets.models.names import state
 from rg_tickets.models.prunable import describe, prunable

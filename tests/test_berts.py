@@ -81,7 +81,7 @@ def tiny(head="classes", seed=0, **config):
 def test_imp(head, tmp_path):
     "Two rounds: only the matrices die, everything rewinds, the file tells it all, and the ticket fits"
     task, network = toy(head), tiny(head)
-    start = {k: t.detach().clone() for k, t in state(network).items()}  # a tied tensor once
+    start = {k: t.detach().clone() for k, t in state(network).items()}
     rounds = list(
         imp(
             task,
@@ -183,11 +183,11 @@ def test_put_aside_and_taken_up(head):
     refine(toy(head), first, r, after_epoch=keep)
     second = tiny(head, seed=9)
     opt = optimizer(second, r)
-    step, put_aside = saved["at"]
-    unpack(put_aside, second, opt)
+    step, state = saved["at"]
+    unpack(state, second, opt)
     task = toy(head)
-    steps = task.data.steps(r.batch_size)
-    refine(task, second, r, start=step, opt=opt, rate=lambda step: r.rate(step, steps))
+    rate = lambda k: r.rate(k, task.data.steps(r.batch_size))  # a given optimizer keeps its own
+    refine(task, second, r, start=step, rate=rate, opt=opt)
     assert digest(first.state_dict()) == digest(second.state_dict())
 
 

@@ -95,6 +95,10 @@ class _Source:
 
     def __init__(self, path, inside=None):
         self.path = Path(path)
+        if not self.path.is_file():
+            raise ArchiveError(
+                f"{path} is no file: take it away, or put the file of the round there"
+            )
         with self.path.open("rb") as f:
             start = f.read(9)
         if start[8:] == b"{" or self.path.suffix == ".safetensors":
@@ -768,13 +772,21 @@ class _Zeros:
 
     def look_at(self, i, kept):
         "Note the weights that are zero from file i on; kept: those that are not zero after it"
-        w = _matrices(self.paths[i])
+        w, back, zeros = _matrices(self.paths[i]), 0, 0
         for k, m in kept.items():
             if k not in w or w[k].shape != m.shape:
                 raise ArchiveError(f"{self.paths[i]} has no {k} of the shape that later files have")
-            self.back += int((m & (w[k] == 0)).sum())
+            back += int((m & (w[k] == 0)).sum())
+            zeros += int((w[k] == 0).sum())
             m |= w[k] != 0
             self.at[k][~m] = i
+        self.back += back
+        if back > max(0.1 * sum(m.numel() for m in kept.values()), 0.5 * zeros):
+            raise ArchiveError(
+                f"{back:,} of the {zeros:,} weights that are zero in {self.paths[i]} are not zero in "
+                "files that have more zeros: neither was made from the other. "
+                + _explain_seeds(self.paths[i].parent, [p.name for p in self.paths])
+            )
 
     def begin(self):
         "Let a run that begins dense begin so, though some of its weights are zero by chance"

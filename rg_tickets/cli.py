@@ -297,7 +297,7 @@ def _failures(folder, table):
 # %% ../nbs/41_cli.ipynb #fdb9b454
 @app.command()
 def status(folder: Path = typer.Argument(..., help="folder of a study, or of an experiment")):
-    "How far a study or an experiment is, from what is on the disk."
+    "How far a study or an experiment is, read from the disk."
     from rg_tickets import batches
 
     what = "runs" if batches.is_single(folder) else "notebooks"
@@ -311,7 +311,7 @@ def show(
         ..., metavar="FOLDER", help="folder of a job of a study, of an experiment, or of a run"
     ),
 ):
-    "All about a job, an experiment or a run: parameters, rounds, verdict."
+    "All about a job, an experiment or a run, and its verdict."
     from rg_tickets import batches
 
     typer.echo("\n".join(batches.show(path)))

@@ -69,11 +69,14 @@ def _stoppable():
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(
-            "\nrg-tickets: stopped. Finished rounds are kept; the same command goes on from there.",
-            err=True,
-        )
+        _say_stopped()
         raise typer.Exit(130) from None
+
+
+def _say_stopped():
+    "Say what becomes of work that was stopped"
+    said = "stopped. Finished rounds are kept; the same command goes on from there."
+    typer.echo(f"\nrg-tickets: {said}", err=True)
 
 # %% ../nbs/41_cli.ipynb #e424864b
 def _done(folder, began):
@@ -95,20 +98,41 @@ def _done(folder, began):
     )
 
 
-def _plan(experiment, given, tflops, output):
+def _plan(experiment, given, tflops, measure, output):
     "Print a plan, and write it as a table if asked"
     from rg_tickets import plans, runs
 
-    plan = plans.plan_of(experiment, given, **({} if tflops is None else dict(tflops=tflops)))
+    how = dict(seconds=12.0 if measure else 0.0, **({} if tflops is None else dict(tflops=tflops)))
+    try:
+        plan = plans.plan_of(experiment, given, **how)
+    except plans.CannotPlan as e:
+        typer.echo(f"{experiment}: names and types of the parameters are right. {e}")
+        return
     typer.echo(str(plan))
     if output:
         runs.write_csv(output, plan.frame)
         typer.echo(f"\nThe plan as a table: {output}")
 
 
+def _check(experiment, given):
+    "Refuse what a plan refuses, and data that are missing; say what will be pruned"
+    from rg_tickets import plans, runs, specs
+
+    try:
+        work = plans.work_of(experiment, given)
+    except plans.CannotPlan:
+        return
+    runs.check_there(work.specs, str(work.scope.get("data", "data")))
+    for line in specs.describe_pruning(work.specs):
+        typer.echo(line)
+
+
 @app.command()
 def run(
-    experiment: str = typer.Argument(..., help="name of an experiment, see: rg-tickets list"),
+    experiment: str = typer.Argument(
+        ...,
+        help="name of an experiment, see: rg-tickets list; or a notebook of your own, FILE.ipynb",
+    ),
     parameters: Optional[list[str]] = typer.Argument(
         None, help="parameter=value ...; lists are separated by commas"
     ),
@@ -124,30 +148,39 @@ def run(
     tflops: Optional[float] = typer.Option(
         None, help="with --dry-run: TFLOP/s that a GPU is assumed to sustain; 10 by default"
     ),
+    measure: bool = typer.Option(
+        False, "--measure", help="with --dry-run: time real steps on this machine, too"
+    ),
     output: Optional[Path] = typer.Option(
         None, "--output", "-o", help="with --dry-run: also write the plan as a table, plan.csv"
     ),
 ):
     "Execute an experiment notebook; what is done is not done again."
+    if not dry_run and (tflops is not None or output is not None or measure):
+        raise ValueError("--tflops, --measure and --output belong to a plan: add --dry-run")
+    with _stoppable():
+        from rg_tickets import notebooks
+
+        began, words = time.monotonic(), [*(parameters or [])]
+        given = notebooks.parsed(experiment, words + ([f"scale={scale}"] if scale else []))
+        home = Path(folder or given.get("folder") or Path("runs") / Path(experiment).stem)
+        if "folder" in notebooks.parameters(experiment):
+            given = given | {"folder": str(home)}
+        if dry_run:
+            return _plan(experiment, given, tflops, measure, output)
+        _check(experiment, given)
+        _go(experiment, home, given)
+    _done(home, began)
+
+
+def _go(experiment, folder, given):
+    "Execute a notebook, and say where"
     from rg_tickets import notebooks
 
-    began, given = (
-        time.monotonic(),
-        notebooks.parsed(experiment, [*(parameters or []), *([f"scale={scale}"] if scale else [])]),
-    )
-    if dry_run:
-        return _plan(
-            experiment, given | ({"folder": str(folder)} if folder else {}), tflops, output
-        )
-    if tflops is not None or output is not None:
-        raise ValueError("--tflops and --output belong to a plan: add --dry-run")
-    folder = folder or Path(given.get("folder", Path("runs") / experiment))
     typer.echo(
         f"{experiment}: everything goes to {folder}; a start after a break goes on where it was."
     )
-    with _stoppable():
-        notebooks.run(experiment, folder, given)
-    _done(folder, began)
+    notebooks.run(experiment, folder, given)
 
 # %% ../nbs/41_cli.ipynb #ae2a2875
 @app.command()
@@ -156,23 +189,20 @@ def demo(
     jobs: int = typer.Option(0, "--jobs", "-j", help="worker processes; 0: one per core"),
 ):
     "Minutes, no network: two alphabets, three seeds, and their nulls."
-    from rg_tickets import notebooks
-
-    began = time.monotonic()
-    typer.echo(
-        f"Pruning networks on real glyphs of two alphabets into {folder}; a start after a break goes on where it was."
-    )
+    began, given = time.monotonic(), dict(scale="demo", jobs=jobs, folder=str(folder))
     with _stoppable():
-        notebooks.run("resnet_imp", folder, dict(scale="demo", jobs=jobs))
+        _check("resnet_imp", given)
+        typer.echo("Pruning networks on real glyphs of two alphabets.")
+        _go("resnet_imp", folder, given)
     _done(folder, began)
 
-# %% ../nbs/41_cli.ipynb #a5518ae1
+# %% ../nbs/41_cli.ipynb #75c34d02
 def _dry(study, folder):
     "Print the notebooks of a study, in order, and what each would run"
     from rg_tickets import batches
 
     todo = study.jobs()
-    works = batches.check(todo)
+    works = batches.check(todo, folder)
     typer.echo(f"{study.study}: {len(todo)} notebooks, runs go to {folder}\n")
     for job, work in zip(todo, works):
         does = (
@@ -190,7 +220,7 @@ def _dry(study, folder):
         )
     typer.echo("\nWhat one of them costs: rg-tickets run EXPERIMENT parameter=value ... --dry-run")
 
-# %% ../nbs/41_cli.ipynb #2111c856
+# %% ../nbs/41_cli.ipynb #8b8d3d11
 @app.command()
 def study(
     file: Optional[str] = typer.Argument(
@@ -225,13 +255,13 @@ def study(
         )
         return
     lookup(executor.partition(":")[0], executors.EXECUTORS, "executor")
-    plan = batches.read(file)
-    folder = folder or Path(plan.folder or Path("runs") / plan.study)
-    if dry_run:
-        return _dry(plan, folder)
-    from rg_tickets import conduct
-
     with _stoppable():
+        plan = batches.read(file)
+        folder = folder or Path(plan.folder or Path("runs") / plan.study)
+        if dry_run:
+            return _dry(plan, folder)
+        from rg_tickets import conduct
+
         table = conduct.conduct(plan, folder, executor, jobs)
     _ended(folder, table)
 
@@ -264,22 +294,24 @@ def _failures(folder, table):
             "",
         ]
 
-# %% ../nbs/41_cli.ipynb #2151b4e3
+# %% ../nbs/41_cli.ipynb #fdb9b454
 @app.command()
-def status(folder: Path = typer.Argument(..., help="folder of a study")):
-    "How far a study is, from what is on the disk."
+def status(folder: Path = typer.Argument(..., help="folder of a study, or of an experiment")):
+    "How far a study or an experiment is, read from the disk."
     from rg_tickets import batches
 
-    typer.echo("\n".join(batches.lines(batches.status(folder), most=1000, width=160)))
+    what = "runs" if batches.is_single(folder) else "notebooks"
+    table = batches.status(folder)
+    typer.echo("\n".join(batches.lines(table, most=1000, width=160, what=what)))
 
 
 @app.command()
 def show(
     path: Path = typer.Argument(
-        ..., metavar="FOLDER/JOB", help="folder of a job of a study, or of a single run"
+        ..., metavar="FOLDER", help="folder of a job of a study, of an experiment, or of a run"
     ),
 ):
-    "All about one job or run: parameters, rounds, verdict, traceback."
+    "All about a job, an experiment or a run, and its verdict."
     from rg_tickets import batches
 
     typer.echo("\n".join(batches.show(path)))
@@ -287,14 +319,14 @@ def show(
 
 @app.command()
 def collect(
-    folder: Path = typer.Argument(..., help="folder of a study"),
+    folder: Path = typer.Argument(..., help="folder of a study, or of an experiment"),
     output: Optional[Path] = typer.Option(None, "--output", "-o", help="write the table as CSV"),
     table: str = typer.Option(
         "rounds",
         help="rounds: every round of every run; or a table that experiments leave: exponents, gaps, flow ...",
     ),
 ):
-    "One table of a study, as far as it got."
+    "One table of a study or an experiment, as far as it got."
     from rg_tickets import batches
 
     found = batches.collect(folder, table)
@@ -471,6 +503,9 @@ def main():
     "Entry point of `rg-tickets`: what a user can mend is told in one line; exit status 2 for a mistake, 1 for what failed"
     try:
         app()
+    except KeyboardInterrupt:
+        _say_stopped()
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get("RG_TICKETS_TRACEBACK"):
             raise

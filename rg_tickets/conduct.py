@@ -15,7 +15,7 @@ from .basics import alone, patch_to, replacing
 from .batches import Job, Kept, Study, check, lines, status
 from .executors import Team, team
 from .progress import far
-from .runs import RunsFailed, plainly, writable
+from .runs import RunsFailed, plainly, writable, write_text
 
 # %% ../nbs/40h_conduct.ipynb #e9602eb7
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def _attempt(kept, job, more):
     except Exception as e:
         told = _traceback(home / "notebook.ipynb") if isinstance(e, RunsFailed) else None
         with contextlib.suppress(OSError):
-            (home / "error.txt").write_text(told or traceback.format_exc(), encoding="utf-8")
+            write_text(home / "error.txt", told or traceback.format_exc())
         return str(e) if isinstance(e, RunsFailed) else plainly(e)
     (home / "error.txt").unlink(missing_ok=True)
 
@@ -264,9 +264,9 @@ def conduct(
     every: float = 2.0,  # seconds between looks
 ):  # a DataFrame: see `batches.status`
     "Do what is missing of a study; RuntimeError if another process is at it"
-    todo = study.jobs()
-    check(todo)
-    folder = writable(folder or study.folder or Path("runs") / study.study)
+    todo, folder = study.jobs(), Path(folder or study.folder or Path("runs") / study.study)
+    check(todo, folder)
+    writable(folder)
     with (
         _patient(folder, ".study.lock", 1),
         (

@@ -278,13 +278,13 @@ def cluster_file(
 ) -> dict:  # arguments of dask_jobqueue.SLURMCluster, and workers
     "Read a cluster file"
     from rg_tickets.basics import lookup
-    from rg_tickets.batches import safe_yaml
+    from rg_tickets.batches import read_text, safe_yaml
 
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no cluster file {str(path)!r}: write --executor slurm:FILE, and in the file, for example:\n{CLUSTER}"
         )
-    given = safe_yaml(Path(path).read_text(encoding="utf-8"), Path(path).name)
+    given = safe_yaml(read_text(path), Path(path).name)
     if not isinstance(given, dict):
         raise ValueError(f"{path} should be a mapping like this:\n{CLUSTER}")
     for k in given:

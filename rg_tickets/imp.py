@@ -25,6 +25,7 @@ from rg_tickets.masks import (
     shuffled,
 )
 from .models.names import set_state, state, unwrap
+from .models.heads import check_products
 from .models.prunable import FROZEN, PRESETS, declare_head, describe, prunable
 from .ranks import World, world as find_world
 from .selection import check_finite
@@ -769,7 +770,7 @@ def other_run(self, found):
     told = [k for k in mine if k in theirs and k not in (*skip, "structure", "initial")]
     other = differences({k: theirs[k] for k in told}, {k: mine[k] for k in told})
     if theirs.get("initial") != mine["initial"] and not self._old_names(theirs):
-        other += differences(dict(initial=theirs.get("initial")), dict(initial=mine["initial"]))
+        other.append("the initial weights (is the network trained already? Build it anew)")
     there, here = set(found.history.died), set(self.params)
     if there != here:
         one = min(there ^ here)
@@ -891,6 +892,11 @@ def prepare_run(
     report: Callable | None = None,  # called after each epoch
 ) -> _Run:
     "Try network and task, and build the run that was asked for"
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "imp trains, and gradients are switched off here (torch.no_grad or inference_mode): "
+            "call it outside of that block"
+        )
     check_not_held(network)
     check_network(network)
     if world.size > 1 and task.loss == "model" and not task.objective:
@@ -901,9 +907,11 @@ def prepare_run(
     place(network, world.device(device))
     start, recipe = Unsaved.of(network), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)
-    declare_head(network, lambda: task(network, _first_batch(task, network, choices)))
-    start.restore(network)
+    loss = lambda: task(network, _first_batch(task, network, choices))
+    declare_head(network, loss)
     params = prunable(network, choices.preset, choices.frozen)
+    check_products(network, params, loss)
+    start.restore(network)
     history = MaskHistory.dense(params)
     if choices.variant.rank == "given":
         history = _follow(ticket, history, choices)

@@ -186,12 +186,15 @@ def optimizer(
             "so there is nothing to train: thaw those that are to be trained"
         )
     fused = all(p.device.type in ("cpu", "cuda", "mps") for p in params) or None
-    if recipe.decay == "all":
-        return OPTIMIZERS[recipe.optimizer](params, recipe, fused)
-    matrices, rest = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
-    return OPTIMIZERS[recipe.optimizer](
-        [{"params": matrices}, {"params": rest, "weight_decay": 0.0}], recipe, fused
-    )
+    groups = params
+    if recipe.decay != "all":
+        matrices, rest = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+        groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    opt = OPTIMIZERS[recipe.optimizer](groups, recipe, fused)
+    if isinstance(opt, torch.optim.SGD) and recipe.momentum and fused:
+        for p in params:  # the fused step cannot mix parameters with and without momentum, which
+            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a skipped layer would ask for
+    return opt
 
 # %% ../nbs/22_train.ipynb #b474078c
 # optimizers (not their subclasses) in which a weight with value, gradient and state zero stays zero

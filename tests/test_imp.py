@@ -542,6 +542,17 @@ def test_frozen_norms_and_what_rests_stay_as_they_are():
     ]
 
 
+def test_single_samples_are_enough_where_norms_are_frozen():
+    "Batch norm in training mode wants two samples, in the trial as in the training"
+    single = replace(RECIPE, batch_size=1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        run(normed(), recipe=single)
+    for rest in (lambda norm: norm.requires_grad_(False), lambda norm: norm.eval()):
+        net = normed()
+        rest(net[1])
+        assert len(run(net, recipe=single, rounds=1)) == 2 and not net[1].running_mean.any()
+
+
 def test_a_network_in_test_mode_is_trained():
     "As transformers hand it out; a norm that is frozen stays"
     a, b = normed(), normed()

@@ -205,13 +205,27 @@ OBSERVABLES = {
 }
 
 
+def _groups_of_runs(frame, by):
+    "The group of each row; labels tell apart the parts of one network, so each run has its own"
+    found = {}
+
+    def group(tensors):
+        names = tuple(tensors.unique())
+        if names not in found:
+            found[names] = groups(list(names), by)
+        return tensors.map(found[names])
+
+    runs = frame.groupby(LABELS + ["seed"], sort=False, dropna=False)
+    return runs.tensor.transform(group)
+
+
 def observable(
     flow: Flow,  # any number of runs
     kind: str = "share",  # a name in `OBSERVABLES`
     by: str = "block",  # how tensors are grouped, see `12_prunable`
 ) -> pd.DataFrame:  # LABELS, seed, n, t, density, metric, loss, group, value
     "One number per run, round and group of tensors"
-    f = flow.frame.assign(group=flow.frame.tensor.map(groups(list(flow.frame.tensor.unique()), by)))
+    f = flow.frame.assign(group=_groups_of_runs(flow.frame, by))
     key = LABELS + ["seed", "n"]
     g = (
         f.groupby(key + ["group"], sort=False)

@@ -17,6 +17,8 @@ from scipy.special import erfc
 import torch
 from torch import nn
 from .basics import lookup
+from .models.heads import is_layer
+from .models.names import named_modules, unwrap
 from .models.prunable import groups, prunable
 
 # %% ../nbs/24_free.ipynb #7ef749e4
@@ -74,7 +76,23 @@ class Layer:
 
 # %% ../nbs/24_free.ipynb #2c45179b
 def _fan(layer):
+    if not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        raise ValueError(
+            f"no rule says how the matrices of a {type(layer).__name__} are drawn: "
+            "draw the network and use `empirical`, or leave the layer out"
+        )
     return layer.weight[0].numel()
+
+
+def _of_type(layer, p):
+    "Law and scale by which torch draws matrix `p` of a layer that `_fan` does not describe, or None"
+    if isinstance(layer, nn.MultiheadAttention):
+        return "uniform", (6 / sum(p.shape)) ** 0.5  # Xavier's
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        return "uniform", layer.hidden_size**-0.5
+    if isinstance(layer, nn.Bilinear):
+        return "uniform", p.shape[1] ** -0.5
+    return ("gaussian", 0.02) if is_layer(layer, (_CONV1D,)) else None
 
 
 def _default(layer, network):
@@ -99,6 +117,7 @@ def _config(layer, network):
     return "gaussian", s
 
 
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # of GPT-2
 _CONV = nn.Conv1d, nn.Conv2d, nn.Conv3d
 RULES = {
     "he": _gaussian(*_CONV),
@@ -114,9 +133,12 @@ def initial(
     preset="backbone",  # what is pruned, as in `prunable`
 ) -> dict:  # tensor name -> Layer
     "The prunable tensors of a network as its initialisation draws them"
-    rule, out = lookup(init, RULES, "init"), {}
+    rule, modules = lookup(init, RULES, "init"), dict(named_modules(network))
+    out = {}
     for name, p in prunable(network, preset).items():
-        law, scale = rule(network.get_submodule(name.rpartition(".")[0]), network)
+        layer = modules[name.rpartition(".")[0]]
+        own = None if rule is _config else _of_type(layer, p)
+        law, scale = own or rule(layer, unwrap(network))
         out[name] = Layer(p.numel(), scale, law)
     return out
 

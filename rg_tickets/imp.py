@@ -883,13 +883,19 @@ def prepare_run(
     report: Callable | None = None,  # called after each epoch
 ) -> _Run:
     "Try network and task, and build the run that was asked for"
-    place(network, world.device(device))
     check_not_held(network)
     check_network(network)
-    recipe = choices.recipe
+    if world.size > 1 and task.loss == "model" and not task.objective:
+        raise ValueError(
+            f"the network computes the loss of {task.name!r} itself, and on {world.size} ranks "
+            "each would see a part of the batch: let the task compute it, loss=f(output, target)"
+        )
+    place(network, world.device(device))
+    start, recipe = Unsaved.of(network), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)
     declare_head(network, lambda: task(network, _first_batch(task, network, choices)))
-    start, params = Unsaved.of(network), prunable(network, choices.preset, choices.frozen)
+    start.restore(network)
+    params = prunable(network, choices.preset, choices.frozen)
     history = MaskHistory.dense(params)
     if choices.variant.rank == "given":
         history = _follow(ticket, history, choices)

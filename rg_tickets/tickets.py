@@ -434,11 +434,12 @@ def _match(ticket, network, head, own=(), leave=False):
     stays = _under(own)
     match, used, differ = {}, set(), {}
     for first, names in _all_names(state(network), tied(network)).items():
-        found = _sources(ticket, names)
-        if all(map(inside, names)) or any(map(stays, names)):
-            used |= set(found) if any(map(stays, names)) else set()
+        if all(map(inside, names)):
             continue
+        found = _sources(ticket, names)
         used |= set(found)
+        if any(map(stays, names)):
+            continue
         match[first] = _same_tensor(ticket, found) if found else None
         if found and match[first] is None:
             differ[first] = " and ".join(found)
@@ -619,7 +620,7 @@ class _Hold:
         "Multiply parameters by masks; through `data`, so that a graph made before stays good"
         for key in ids:
             p, factor, _ = self.bound[key]
-            p.data.mul_(factor)
+            p.data.mul_(factor.to(p.device))
 
     def fill(self):
         "Set pruned weights to zero bit for bit, also those that are nan or -0.0"

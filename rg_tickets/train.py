@@ -17,6 +17,7 @@ from .basics import as_float, as_int, lookup, seeded, stream
 from .models.names import set_state, state
 from .tasks.core import Task
 from .tasks.identity import own_generators, seed_generators
+from .tickets import check_not_held
 
 # %% ../nbs/22_train.ipynb #63e006f4
 def device(
@@ -358,8 +359,7 @@ def refine(
     masked: Masked | None = None,  # who is dead
     start: int = 0,  # first step
     stop: int | None = None,  # step before which to stop, by default the recipe's last
-    rate: Callable
-    | None = None,  # step -> learning rate, instead of the recipe's or of `opt`'s own
+    rate: Callable | None = None,  # step -> learning rate; None: the recipe's, or those of `opt`
     opt: torch.optim.Optimizer | None = None,  # carried on, with its own rates; fresh by default
     after_epoch: Callable | None = None,  # called with (step, network, optimizer, mean loss)
 ) -> float:  # mean training loss of the last epoch, nan if there was no step to do
@@ -372,6 +372,7 @@ def refine(
         opt = optimizer(network, recipe)
         rate = rate or (lambda step: recipe.rate(step, steps))
     if masked:
+        check_not_held(network)
         masked.weights()
         masked.state(opt)
     loss = float("nan")

@@ -25,6 +25,28 @@ ADAMW = Recipe(
 )
 LARS = Recipe(epochs=2, batch_size=32, optimizer="lars", lr=1.0)
 
+# taken with plain torch, and with the first version of `imp`, on one thread of an x86 CPU
+PLAIN = "c1c7ac7deca65f48"
+GOLDEN = {
+    "init": "68dea8cb729636fd 543fc9b20ece4c9e 9082c4372ce74fa9 1e7b738e81c58daf",
+    "step": "552291aab6940283 d1bccff10feabe12 91f4aee84ec78326 7c1d1f6769a44166",
+    "lr": "5a6c91ac1aa097ea 543fc9b20ece4c9e 3233502154e51aec 8884c15720028443",
+    "none": "9cff86a7b888476d 543fc9b20ece4c9e 7188f5c53a5eee00 7ffc82435f069c36",
+    "going on": "795c9ae22fdf7d41 0a97aa6d6c6da698 5a316a682d09970c 702b39128c9d8892",
+    "untrained": "ef6bd665847bb378 543fc9b20ece4c9e 6787e4d607d6290b 2f8601a401c50da8",
+    "oneshot": "f22e51ecfa081fd4 543fc9b20ece4c9e f624bc3ffe683218 6878f6f327fcc009",
+    "random": "764ba26fd3fe5e68 543fc9b20ece4c9e b6cf174dd3500c4d 9e0da3833069c63a",
+    "shuffled": "9afc41b73b7c1b03 e9d4047eb22da631 8214c45d5067d542 cbab9001373b98bb",
+    "reinit": "db2a28467d5bbd6a 9e60e6770ac77d57 9082c4372ce74fa9 6cfa1a5b1fbca455",
+    "layer": "b221393302f3afab 543fc9b20ece4c9e dcaae232ca22e274 f6da7e7fe3fe56ad",
+    "bf16": "1691eb4fea97230a 543fc9b20ece4c9e 1f349e36ea35cf39 85228ed59e61e36e",
+    "linear": "9dea0f7a6cecb0ef 752ccd60f8b1db56 a672fe49abf0328b 749e4d8839fa7b90",
+    "lars": "cb9d3c6034270989 752ccd60f8b1db56 a4c6696faa69c9a4 dc95775198548dbb",
+    "bert": "42d81051bf48ae01 a27139193eaa3311 040f9c82527acaa7 ef2112197b08f92d",
+    "tied": "deae8e50aea165d0 29d31bb8b7099b53 3e91be119e7ea028 d82b2c347a166a70",
+    "replicas": "72ce5246f1a6e213 e5849e4b00a88ab6 b5175ca3eefffab4 51d5654e54e5df27",
+}
+
 
 def pictures():
     return image_task("digits8", n_train=128, n_test=50)

@@ -11,6 +11,7 @@ from rg_tickets.basics import generator
 from rg_tickets.imp import imp
 from rg_tickets.models import berts
 from rg_tickets.models.berts import BERTS, HEADS, bert, cut, minilm_folder
+from rg_tickets.models.names import state, tied
 from rg_tickets.models.prunable import heads, prunable, replace_head, roles
 from rg_tickets.rewind import Snapshot
 from rg_tickets.tasks.core import Resident, Task, evaluate
@@ -80,7 +81,7 @@ def tiny(head="classes", seed=0, **config):
 def test_imp(head, tmp_path):
     "Two rounds: only the matrices die, everything rewinds, the file tells it all, and the ticket fits"
     task, network = toy(head), tiny(head)
-    start = {k: t.clone() for k, t in network.state_dict().items()}
+    start = {k: t.detach().clone() for k, t in state(network).items()}
     rounds = list(
         imp(
             task,
@@ -150,25 +151,20 @@ def test_it_learns(head):
 def test_tied_weights_are_one():
     "Snapshot, state, ticket, training put aside: two names, one parameter, and never two values"
     network = tiny("mlm")
-    start = Snapshot(network.state_dict())
+    start = Snapshot({k: t.detach() for k, t in state(network).items()})
     word, decoder = "bert.embeddings.word_embeddings.weight", "head.predictions.decoder.weight"
-    assert (
-        roles(network)[decoder] == "weights"
-        and roles(network)["head.predictions.bias"]
-        == roles(network)["head.predictions.decoder.bias"]
-        == "head"
-    )
+    assert roles(network)[word] == "weights" and roles(network)["head.predictions.bias"] == "head"
+    assert decoder not in roles(network) and tied(network)[decoder] == word
     refine(toy("mlm"), network, recipe)
-    state = network.state_dict()
-    assert torch.equal(state[word], state[decoder]) and not torch.equal(
-        state[word], start.state[word]
-    )
+    after = network.state_dict()
+    assert torch.equal(after[word], after[decoder])
+    assert not torch.equal(after[word], start.state[word])
     start.restore(network, ("head",))
-    assert torch.equal(
-        network.state_dict()[word], network.state_dict()[decoder]
-    ) and not torch.equal(network.state_dict()[word], start.state[word])
+    after = network.state_dict()
+    assert torch.equal(after[word], after[decoder])
+    assert not torch.equal(after[word], start.state[word])
     start.restore(network)
-    assert digest(network.state_dict()) == start.digest
+    assert digest(state(network)) == start.digest
     names = [n for n, _ in network.named_parameters()]
     assert decoder not in names and sum(
         p.numel() for g in optimizer(network, recipe).param_groups for p in g["params"]
@@ -189,7 +185,9 @@ def test_put_aside_and_taken_up(head):
     opt = optimizer(second, r)
     step, state = saved["at"]
     unpack(state, second, opt)
-    refine(toy(head), second, r, start=step, opt=opt)
+    task = toy(head)
+    rate = lambda k: r.rate(k, task.data.steps(r.batch_size))  # a given optimizer keeps its own
+    refine(task, second, r, start=step, rate=rate, opt=opt)
     assert digest(first.state_dict()) == digest(second.state_dict())
 
 

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 from rg_tickets import free
 from rg_tickets.basics import generator, seeded
 from rg_tickets.flows import plot_exponents, slope
@@ -83,6 +84,30 @@ def test_exponents_agree_with_flows_and_feed_its_figure():
         "layer2",
         "layer3",
     ]
+
+
+def test_laws_of_attention_recurrent_and_bilinear_layers():
+    "As torch draws them: the root mean square of each matrix, on a wrapped network"
+    with seeded(0, "init"):
+        net = torch.nn.ModuleDict(
+            dict(
+                mix=torch.nn.MultiheadAttention(64, 2),
+                apart=torch.nn.MultiheadAttention(64, 2, kdim=32, vdim=48),
+                rnn=torch.nn.LSTM(32, 48),
+                cell=torch.nn.GRUCell(32, 48),
+                pair=torch.nn.Bilinear(16, 32, 8),
+                flat=Conv1D(96, 32),
+            )
+        )
+    tensors = {k: p.detach() for k, p in prunable(net, "all").items()}
+    layers = free.initial(torch.nn.DataParallel(net), "default", "all")
+    assert list(layers) == list(tensors)
+    for k, layer in layers.items():
+        square = layer.scale**2 * float(layer.law.second(0.0))
+        assert abs(tensors[k].square().mean().item() / square - 1) < 7 / layer.count**0.5, k
+    net.own = torch.nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="how the matrices of a ModuleDict are drawn"):
+        free.initial(net, "default", ["own"])
 
 
 @pytest.mark.slow

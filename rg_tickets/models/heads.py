@@ -24,7 +24,7 @@ EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
 def is_layer(
-    layer: nn.Module,
+    layer: nn.Module,  # any module
     types: tuple,  # classes, and dotted names of classes that are not imported here
 ) -> bool:
     "Return isinstance(layer, types), where a type may also be given by its dotted name"
@@ -54,13 +54,31 @@ class Use:
     layer: nn.Module
     by: str = ""  # what computes the matrix from the parameter; "": it is the parameter
 
+    def undo(self) -> str:
+        "The call that makes a computed matrix a plain parameter again"
+        leaf = self.name.rpartition(".")[2]
+        place = f"(network.{self.path}, {leaf!r})" if self.path else f"(network, {leaf!r})"
+        if self.by == "prune":
+            return f"torch.nn.utils.prune.remove{place}"
+        if not self.by.startswith("parametrize"):
+            return _UNDO[self.by].format(place)
+        kinds = self.layer.parametrizations[leaf].children()
+        if any(type(m).__module__.startswith("rg_tickets.") for m in kinds):
+            return "rg_tickets.tickets.release(network)"
+        return f"torch.nn.utils.parametrize.remove_parametrizations{place}"
 
-_COMPUTED = {  # what a parameter is called beside the matrix it makes -> (what does that, the way back)
-    "_g": ("weight_norm", "torch.nn.utils.remove_weight_norm(layer, {leaf!r})"),
-    "_v": ("weight_norm", "torch.nn.utils.remove_weight_norm(layer, {leaf!r})"),
-    "_orig": ("spectral_norm", "torch.nn.utils.remove_spectral_norm(layer, {leaf!r})"),
-    "_raw": ("a hook", "taking that hook off"),
-    "_bar": ("a hook", "taking that hook off"),
+
+_COMPUTED = {  # how a parameter's name goes on after the name of the matrix it makes -> by what
+    "_g": "weight_norm",
+    "_v": "weight_norm",
+    "_orig": "spectral_norm",
+    "_raw": "a hook",
+    "_bar": "a hook",
+}
+_UNDO = {
+    "weight_norm": "torch.nn.utils.remove_weight_norm{}",
+    "spectral_norm": "torch.nn.utils.remove_spectral_norm{}",
+    "a hook": "taking that hook off",
 }
 
 
@@ -85,7 +103,7 @@ def _held(layer, leaf):
     if not ends:
         return [], ""
     masked = f"{leaf}_mask" in layer._buffers
-    return [leaf + end for end in ends], "prune" if masked else _COMPUTED[ends[0]][0]
+    return [leaf + end for end in ends], "prune" if masked else _COMPUTED[ends[0]]
 
 
 def _join(path, name):
@@ -166,7 +184,7 @@ def _declarations(network):
 
 
 def _matrix_layers(network, skip=()):
-    "(path, layer) of every layer with matrices outside the parts `skip`, in module order, each once"
+    "(path, layer) of every layer with matrices outside the parts `skip`, each once"
     found = {}
     for path, layer in named_modules(network):
         if is_layer(layer, MATRICES) and not below(path, skip):
@@ -205,22 +223,45 @@ def _trunk(paths):
     return split[0][: min(n, *(len(s) - 1 for s in split))]
 
 
+def _beside(layers, i):
+    "Do layers i-1 and i of a list take the same inputs, and the first cannot feed the second"
+    (_, a), (_, b) = layers[i - 1], layers[i]
+    if type(a) is not type(b):
+        return False
+    return _sizes(a)[0] == _sizes(b)[0] is not None and not _feeds(a, b)
+
+
+def _side_by_side(layers, part):
+    "Layers that stand beside each other: within the last part, or at the end of the network"
+    if len(part) > 1:
+        pairs = [i for i in range(1, len(part)) if _beside(part, i)]
+        return [part[j][0] for i in pairs for j in (i - 1, i)]
+    i = len(layers) - 1
+    while i > 0 and _beside(layers, i):
+        i -= 1
+    return [path for path, _ in layers[i:]]
+
+
 def _twins(layers, last, depth):
-    "Last layers of parts that are built like the part in which the last layer is"
-    parts = {}
-    for path, layer in layers:
-        place = path.split(".")
-        key = tuple(place[depth + 1 :]), type(layer), _sizes(layer)
-        parts.setdefault(place[depth], []).append((key, path))
-    mine = [key for key, _ in parts[last.split(".")[depth]]]
-    alike = [part for part in parts.values() if [key for key, _ in part] == mine]
-    return [part[-1][1] for part in alike] if len(mine) > 1 else [last]
+    "Last layers of parts that are built like the part in which the last layer is, at any level"
+    place, found = last.split("."), []
+    for level in range(depth, len(place) - 1):
+        parts = {}
+        for path, layer in layers:
+            at = path.split(".")
+            if at[:level] == place[:level] and len(at) > level + 1:
+                parts.setdefault(at[level], []).append((path, type(layer), _sizes(layer)[0]))
+        shape = {name: [o[1:] for o in part] for name, part in parts.items()}
+        mine = shape[place[level]]
+        alike = [name for name in parts if shape[name] == mine]
+        found += [parts[name][-1][0] for name in alike if len(mine) > 1]
+    return found
 
 
-def _in_a_row(network, last):
-    "Is the last layer at the end of nothing but nn.Sequential, in which order is the data's"
+def _in_a_row(network, last, depth):
+    "Is the last layer at the end of nothing but nn.Sequential from a depth on: then order is flow"
     modules, parts = dict(named_modules(network)), last.split(".")
-    above = [modules[".".join(parts[:i])] for i in range(len(parts))]
+    above = [modules[".".join(parts[:i])] for i in range(depth, len(parts))]
     return all(isinstance(m, nn.Sequential) for m in above)
 
 
@@ -229,26 +270,28 @@ def _candidates(network, layers):
     layers = [o for o in layers if not isinstance(o[1], nn.MultiheadAttention)]
     paths = [path for path, _ in layers]
     last, end = layers[-1]
-    if len(layers) == 1 or _in_a_row(network, last):
+    if len(layers) == 1 or _in_a_row(network, last, 0):
         return [last]
     depth = len(_trunk(paths))
-    named = {}
-    for path in paths:
-        part = path.split(".")[depth]
-        if _HEAD_PARTS.fullmatch(part):
-            named[part] = path
-    if named:
-        return list(dict.fromkeys([*named.values(), last]))
-    before, layer = layers[-2]
-    if not _feeds(layer, end):
-        return [before, last]
-    return _twins(layers, last, depth)
+    parts = {}
+    for path, layer in layers:
+        parts.setdefault(path.split(".")[depth], []).append((path, layer))
+    found = [part[-1][0] for name, part in parts.items() if _HEAD_PARTS.fullmatch(name)]
+    if not found and not _feeds(layers[-2][1], end):
+        found.append(layers[-2][0])
+    part = parts[last.split(".")[depth]]
+    if len(part) == 1 or not _in_a_row(network, last, depth + 1):
+        found += _side_by_side(layers, part)
+    found += _twins(layers, last, depth)
+    return [path for path in paths if path in {*found, last}]
 
 
 def _explain_choice(network, paths):
     "The error for a head that is ambiguous"
     modules = dict(named_modules(network))
     choices = [f"{p!r} ({_describe_layer(modules[p])})" for p in paths]
+    if len(choices) > 6:
+        choices = [*choices[:3], f"one of {len(choices) - 6} more", *choices[-3:]]
     return ValueError(
         f"the head of {type(unwrap(network)).__name__} is ambiguous: it may be "
         f"{' or '.join(choices)}, or several of them. Say which layers belong to the task with "
@@ -281,7 +324,7 @@ def _declared(network):
 
 
 def heads(
-    network: nn.Module,  # any network, wrapped or not; its attribute `head_names` overrides every rule
+    network: nn.Module,  # any network; its attribute `head_names` overrides every rule
 ) -> tuple:  # plain names of modules: all below them belongs to the task; () if there is no head
     "Return the part of a network that belongs to the task; an ambiguous head is a ValueError"
     declared, beside = _declared(network)
@@ -293,7 +336,8 @@ def heads(
     return _by_name(network, beside)
 
 # %% ../../nbs/11a_heads.ipynb #1c837f8a
-_PRODUCT = re.compile(r"mm|mv|bilinear|linear|conv|rnn|lstm|gru|dot", re.I)
+_PRODUCT = re.compile(r"mm|mv|linear|conv|rnn|lstm|gru|dot", re.I)
+_OPAQUE = re.compile(_PRODUCT.pattern + "|embedding", re.I)  # no view or cast of its operand
 
 
 def _tensors(output):
@@ -307,22 +351,21 @@ def _tensors(output):
     return [t for part in output for t in _tensors(part)]
 
 
-def _parameter_of(node):
-    "The parameter that an operand is a view, cast or copy of, or None"
-    while node is not None and not hasattr(node, "variable"):
-        if node.name().startswith("Embedding"):
-            return None
-        inputs = [n for n, _ in node.next_functions if n is not None]
-        node = inputs[0] if len(inputs) == 1 else None
-    return None if node is None else node.variable
-
-
 @dataclass
 class _Graph:
     "Which nodes of the autograd graph are products with which layer's matrix"
 
     outputs: dict  # node -> path of the layer that it is the output of
     owners: dict  # id of a parameter of two dimensions or more -> path of its module
+
+    def parameter(self, node):
+        "The parameter that an operand is a view, cast or copy of, or None"
+        while node is not None and not hasattr(node, "variable"):
+            if node in self.outputs or _OPAQUE.search(node.name()):
+                return None
+            inputs = [n for n, _ in node.next_functions if n is not None]
+            node = inputs[0] if len(inputs) == 1 else None
+        return None if node is None else node.variable
 
     def layer(self, node):
         "Path of the layer whose matrix this node multiplies by, or None"
@@ -331,7 +374,7 @@ class _Graph:
         custom = isinstance(node, torch.autograd.function.BackwardCFunction)
         if not custom and not _PRODUCT.search(node.name()):
             return None
-        operands = [_parameter_of(n) for n, _ in node.next_functions]
+        operands = [self.parameter(n) for n, _ in node.next_functions]
         paths = [self.owners.get(id(p)) for p in operands if p is not None]
         return next((path for path in paths if path is not None), None)
 
@@ -438,7 +481,7 @@ def _explain_no_gradient(network):
     return ValueError(
         f"the head of {type(unwrap(network)).__name__} cannot be found from its loss, which has "
         f"no gradient ({frozen} of {len(params)} parameters are frozen). Unfreeze what is to be "
-        "trained, or set network.head_names"
+        "trained, compute the loss with gradients, or set network.head_names"
     )
 
 

@@ -63,7 +63,7 @@ def named_modules(
 
 # %% ../../nbs/09_names.ipynb #fdff2155
 def _storage(tensor):
-    "What identifies the memory of a tensor; tensors on the meta device have storages without addresses"
+    "What identifies the memory of a tensor; on the meta device storages have no addresses"
     if tensor.layout != torch.strided:
         return "object", id(tensor)
     try:
@@ -150,7 +150,7 @@ def _first_names(entries):
 def tied(
     network: nn.Module | dict,  # any network; or tensors by name, as torch.load gives them
 ) -> dict:  # alias -> first name, both plain; {} if every tensor has one name
-    "Find the names that lead to a tensor which an earlier name has; partial overlaps are ValueErrors"
+    "Find the names whose tensor has an earlier name; partial overlaps are ValueErrors"
     entries = list(network.items()) if isinstance(network, dict) else _entries(network)
     tensors = [(k, t) for k, t in entries if isinstance(t, torch.Tensor)]
     return {alias: name for alias, name in _first_names(tensors).items() if alias != name}
@@ -159,7 +159,7 @@ def tied(
 def state(
     network: nn.Module,  # any network, wrapped or not
 ) -> dict:  # plain first name -> the network's own tensor
-    "Return parameters and persistent buffers, each tensor once; extra state that is no tensor is left out"
+    "Return parameters and persistent buffers, each tensor once, without extra state"
     entries = _entries(network)
     first = _first_names(entries)
     return {name: tensor for name, tensor in entries if first[name] == name}

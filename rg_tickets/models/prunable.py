@@ -120,20 +120,9 @@ def _unfit(name, p):
     return ""
 
 
-def _way_back(use):
-    "How a computed matrix becomes a plain parameter again"
-    leaf = use.name.rpartition(".")[2]
-    layer = f"network.{use.path}" if use.path else "network"
-    if use.by == "prune":
-        return f"torch.nn.utils.prune.remove({layer}, {leaf!r})"
-    if use.by.startswith("parametrize"):
-        kinds = use.layer.parametrizations[leaf].children()
-        if any(type(m).__module__.startswith("rg_tickets.") for m in kinds):
-            return "release(network)"
-        call = "torch.nn.utils.parametrize.remove_parametrizations"
-        return f"{call}({layer}, {leaf!r})"
-    end = next(e for e in _COMPUTED if use.layer._parameters.get(leaf + e) is not None)
-    return _COMPUTED[end][1].format(leaf=leaf).replace("(layer", f"({layer}")
+def _is_sparse(use):
+    "Does a layer look up rows with gradients for these rows only"
+    return is_layer(use.layer, EMBEDDINGS) and use.layer.sparse
 
 
 def _computed(uses):
@@ -143,7 +132,7 @@ def _computed(uses):
         return ""
     return (
         f"{use.name} is computed in every forward pass by {use.by}, so zeros would not stay: "
-        f"make it plain with {_way_back(use)}, or leave the layer out"
+        f"make it plain with {use.undo()}, or leave the layer out"
     )
 
 # %% ../../nbs/12_prunable.ipynb #c05cee49
@@ -158,7 +147,7 @@ def _by_preset(preset, label):
         if taken and not any(_found(preset.exclude, n) for n in names):
             return ""
         embedding = all(is_layer(u.layer, EMBEDDINGS) for u in uses)
-        return "embedding" if embedding else f"not in preset {label}"
+        return "embedding" if embedding else f"not in {label}"
 
     return why
 
@@ -170,7 +159,12 @@ def _check_listed(name, known, uses, vectors):
         raise ValueError(_computed([computed[name]]))
     if name in vectors:
         raise ValueError(f"{name} has fewer than two dimensions: only matrices are pruned")
-    lookup(name, known, "weight tensor")
+    name = lookup(name, known, "weight tensor")
+    if any(_is_sparse(u) for u in uses.get(name, [])):
+        raise ValueError(
+            f"{name} has sparse gradients, which pruning cannot mask: build the embedding with "
+            "sparse=False, or leave it out"
+        )
 
 
 def _by_list(asked, first, params, uses):
@@ -207,7 +201,7 @@ class _Survey:
         if any(below(n, self.head) for n in (*names, *(u.name for u in uses))):
             own = below(name, self.head) or any(u.by for u in uses)
             return ("head" if own else "tied to the head"), ""
-        if any(is_layer(u.layer, EMBEDDINGS) and u.layer.sparse for u in uses):
+        if any(_is_sparse(u) for u in uses):
             return "sparse gradients", ""
         if error := _unfit(name, p):
             return "cannot be pruned", error
@@ -238,7 +232,7 @@ def _requires(p):
 def _survey(network, preset, frozen):
     "Gather what is needed to judge the parameters of a network"
     lookup(frozen, FROZEN, "choice for frozen parameters")
-    label = repr(preset) if isinstance(preset, str) else "given"
+    label = f"preset {preset!r}" if isinstance(preset, str) else "the given preset"
     preset = lookup(preset, PRESETS, "preset") if isinstance(preset, str) else preset
     params, uses, first = named_parameters(network), matrix_uses(network), tied(network)
     names = {k: [k] for k in params}
@@ -287,8 +281,14 @@ def _explain_nothing(network, preset, parts):
     return ValueError(
         f"nothing to prune in {type(inner).__name__}: it has {has}, its head is "
         f"{_head_or_none(network)}, and {_takes(preset)}. Choose another preset "
-        f"({', '.join(PRESETS)}) or give a list of tensor names"
+        f"({', '.join(PRESETS)}) or give a list of tensor names{_hint_at_own(parts)}"
     )
+
+
+def _hint_at_own(parts):
+    "Parameters of types that are not known can be asked for by name"
+    own = [part.name for part in parts if part.why == "own parameter"]
+    return f"; {len(own)} have no known layer, e.g. {own[0]!r}" if own else ""
 
 
 def _owns(module):
@@ -396,10 +396,13 @@ class Description:
         )
 
 
+_PHRASES = {"own parameter": "own parameters, no known layer multiplies by them"}
+
+
 def _say_dense(why, parts):
     "One reason, with what is left dense for it"
     what = parts[0].name if len(parts) == 1 else f"{len(parts)} tensors"
-    return f"{what} ({why}, {sum(p.weights for p in parts):,} weights)"
+    return f"{what} ({_PHRASES.get(why, why)}, {sum(p.weights for p in parts):,} weights)"
 
 
 def describe(
@@ -488,7 +491,8 @@ GROUPINGS = {  # name -> rules (regular expression, label)
 class _Match:
     "A tensor's label in several lengths, and what makes its group different from others"
 
-    key: tuple
+    rule: int | None  # which rule was found; None: the layer's own name
+    key: tuple  # equal for tensors of one part
     labels: tuple  # from short to long
 
 
@@ -498,11 +502,19 @@ def _match(name, rules, own):
         if m := re.search(pattern, name):
             short, prefix = m.expand(label), name[: m.start()].strip(".")
             if own:
-                return _Match((short,), (short,))
+                return _Match(i, ("own", short), (short,))
             path = name[: m.end()].strip(".")
-            return _Match((i, prefix, short), (short, f"{prefix} {short}".strip(), path))
+            return _Match(i, (i, prefix, short), (short, f"{prefix} {short}".strip(), path))
     path = name.rpartition(".")[0] or name
-    return _Match((path,), (path, name))
+    return _Match(None, (path,), (path, name))
+
+
+def _clashing(label, found):
+    "Names whose label is also that of a different part"
+    keys = {}
+    for name, m in found.items():
+        keys.setdefault(label[name], set()).add(m.key)
+    return [name for name in found if len(keys[label[name]]) > 1]
 
 
 def groups(
@@ -514,14 +526,11 @@ def groups(
     rules = by if own else lookup(by, GROUPINGS, "grouping")
     found = {name: _match(name, rules, own) for name in names}
     label = {name: m.labels[0] for name, m in found.items()}
-    for length in (1, 2):
-        keys = {}
-        for name, m in found.items():
-            keys.setdefault(label[name], set()).add(m.key)
-        for name, m in found.items():
-            if len(keys[label[name]]) > 1:
-                label[name] = m.labels[min(length, len(m.labels) - 1)]
-    return label
+    clash = _clashing(label, found)
+    ambiguous = {found[name].rule for name in clash} - {None}
+    label |= {n: m.labels[1] for n, m in found.items() if m.rule in ambiguous and not own}
+    label |= {n: found[n].labels[1] for n in clash if found[n].rule is None}
+    return label | {n: found[n].labels[-1] for n in _clashing(label, found)}
 
 # %% ../../nbs/12_prunable.ipynb #23a8b8bb
 def table(
@@ -560,7 +569,7 @@ def replace_head(
         new = nn.Linear(old.in_features, classes, bias=old.bias is not None, device="cpu")
     path, _, name = head[0].rpartition(".")
     setattr(modules[path], name, new.to(old.weight).train(old.training))
-    inner = unwrap(network)
-    if hasattr(inner, "num_labels"):
-        inner.num_labels = inner.config.num_labels = classes  # transformers' losses ask for it
+    above = [m for p, m in modules.items() if below(path, (p,)) and hasattr(m, "num_labels")]
+    for module in above:
+        module.num_labels = module.config.num_labels = classes  # transformers' losses ask for it
     return network

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..basics import generator, lookup, seeded, stream
 from rg_tickets.tasks.forms import (
     batch_tensors,
+    copy_batch,
     describe_batch,
     own_loss,
     pass_whole,
@@ -60,9 +61,7 @@ class Resident:
     y: torch.Tensor  # [n] training targets
     x_test: torch.Tensor  # [m, ...] test inputs
     y_test: torch.Tensor  # [m] test targets
-    augment: Callable | None = (
-        None  # (inputs, torch.Generator) -> inputs, for training batches only
-    )
+    augment: Callable | None = None  # (inputs, torch.Generator) -> inputs, for training only
 
     def __post_init__(self):
         for a, b, what in ((self.x, self.y, "training"), (self.x_test, self.y_test, "test")):
@@ -91,6 +90,7 @@ class Resident:
             self.x.device
         )
         draws = generator(seed, "augment", epoch)
+        seed_generators(own_generators(augment=self.augment), seed, "augment", epoch)
         for i in range(self.steps(batch_size)):
             idx = order[i * batch_size : (i + 1) * batch_size]
             x = self.x[idx]
@@ -98,7 +98,9 @@ class Resident:
 
     def test(self, batch_size: int = 1000):
         "Yield the test set in order"
-        yield from zip(self.x_test.split(batch_size), self.y_test.split(batch_size))
+        yield from map(
+            copy_batch, zip(self.x_test.split(batch_size), self.y_test.split(batch_size))
+        )
 
     def fingerprint(self) -> dict:
         "Hashes of the four tensors, and the augmentation in words"
@@ -156,7 +158,7 @@ def _check_length(stated, loader):
             f"steps={stated}, but the training loader yields {there} batches: give {there} or fewer"
         )
 
-
+# %% ../../nbs/13_tasks.ipynb #36ca3623
 def _nested(loader):
     "A loader, and what it reads from: samplers, data sets, and those inside of them"
     queue, found = [loader], []
@@ -223,7 +225,7 @@ class Loaders:
         begin_epoch(self.train, seed, epoch)
         n, steps = 0, self.steps()
         for n, batch in enumerate(itertools.islice(self.train, steps), 1):
-            yield to_device(batch, self.device)
+            yield self._send(self.train, batch)
         if n < steps:
             raise ValueError(
                 f"the training loader ended after {n} batches of epoch {epoch}, and {steps} were "
@@ -234,11 +236,20 @@ class Loaders:
         "Yield the test loader's batches"
         begin_epoch(self.heldout, 0, 0, "test")
         for batch in self.heldout:
-            yield to_device(batch, self.device)
+            yield self._send(self.heldout, batch)
+
+    def _send(self, loader, batch):
+        "The batch on the device; one that a list of batches keeps is copied"
+        batch = batch if isinstance(loader, DataLoader) else copy_batch(batch)
+        return to_device(batch, self.device)
 
     def fingerprint(self) -> dict:
         "What tells both loaders from others: data sets, order, how samples become batches"
-        return dict(train=_loader_facts(self.train), test=_loader_facts(self.heldout))
+        return dict(
+            train=_loader_facts(self.train),
+            test=_loader_facts(self.heldout),
+            steps=self.steps(),
+        )
 
 # %% ../../nbs/13_tasks.ipynb #8ca25561
 BATCHES = 20  # of a loader without indices, of which the bits are compared
@@ -271,7 +282,10 @@ def _loader_facts(loader):
             facts[name] = describe(getattr(loader, name))
     if _has_indices(dataset):
         context = getattr(loader, "multiprocessing_context", None) if workers else None
-        return facts | dict(data=dataset_facts(dataset, workers, context))
+        try:
+            return facts | dict(data=dataset_facts(dataset, workers, context))
+        except (KeyError, IndexError, TypeError, NotImplementedError):
+            pass  # its samplers give keys of another kind
     return facts | dict(data=type(dataset).__qualname__, first_batches=_first_batches(loader))
 
 # %% ../../nbs/13_tasks.ipynb #2b01f6ec
@@ -290,7 +304,7 @@ def _explain_trainable(loss):
         "loss.requires_grad_(False)"
     )
 
-
+# %% ../../nbs/13_tasks.ipynb #5a12b8d5
 @dataclass
 class Task:
     "Data, a loss and metrics: everything training has to know, and nothing about pruning"
@@ -401,10 +415,10 @@ class Task:
         facts["metrics"] = {k: describe(f) for k, f in self.metrics.items()}
         with seeded(0, "test"):
             facts["batch"] = describe_batch(next(iter(self.data.test())), sizes=False)
-        if "fingerprint" in self.about:
-            return facts | dict(data=self.about)
-        told = getattr(self.data, "fingerprint", None)
-        return facts | dict(data=self.about | (told() if told else self._first_batch()))
+        if "fingerprint" in self.about and not isinstance(self.data, Resident):
+            return facts | dict(about=self.about)
+        told = getattr(self.data, "fingerprint", self._first_batch)
+        return facts | dict(about=self.about, data=told())
 
     def _first_batch(self):
         "Facts about data of an unknown class"
@@ -414,9 +428,7 @@ class Task:
 
 # %% ../../nbs/13_tasks.ipynb #30f84c67
 @contextmanager
-def eval_mode(
-    network: nn.Module,
-):
+def eval_mode(network: nn.Module):
     "Within the block every module is in test mode; afterwards each is in the mode it was in"
     modes = [(m, m.training) for m in network.modules()]
     network.eval()
@@ -429,7 +441,7 @@ def eval_mode(
         for m, mode in modes:
             m.training = mode
 
-
+# %% ../../nbs/13_tasks.ipynb #d6b0a0f7
 class _Scores:
     "Loss and metrics of the batches seen so far"
 
@@ -456,8 +468,9 @@ class _Scores:
                 "outputs with: leave metrics out, or give judge=f(task, network) -> scores"
             )
         for k, counter in self.counters.items():
+            shifted = isinstance(counter, Accuracy) and self.rule == "next label"
             with _naming(k):
-                counter.update(output, target)
+                counter.update(*((output[:, :-1], target[:, 1:]) if shifted else (output, target)))
 
     def _weight(self, value, output, target):
         "What the loss of a batch is a mean over"
@@ -486,7 +499,7 @@ def _naming(metric):
     except Exception as e:
         raise ValueError(f"metric {metric!r} failed with {type(e).__name__}: {e}") from e
 
-
+# %% ../../nbs/13_tasks.ipynb #de5ab6e4
 def _compare(task, network):
     "Loss and metrics of the outputs on the whole test set"
     scores, n = _Scores(task, _device(network)), 0
@@ -502,7 +515,7 @@ def _device(network):
     tensors = itertools.chain(network.parameters(), network.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
 
-
+# %% ../../nbs/13_tasks.ipynb #41495c70
 def _plain_scores(task, scores):
     "Scores as plain floats, or a ValueError that says what is missing"
     missing = [k for k in ("loss", *task.metrics) if k not in scores]
@@ -534,7 +547,7 @@ def check_test_data(
                     "learned: repair the data, or leave these samples out"
                 )
 
-
+# %% ../../nbs/13_tasks.ipynb #20db7cbb
 @torch.no_grad()
 def evaluate(
     task: Task,  # what to test on
@@ -577,6 +590,16 @@ class _OneBatch:
         yield from itertools.islice(self.data.test(min(self.size, batch_size or self.size)), 1)
 
 
+def _explain_call(task, batch):
+    "How the network is called, for an error that may come from that"
+    args, kwargs = task.inputs(batch)
+    called = [*map(describe_batch, args), *(f"{k}={describe_batch(v)}" for k, v in kwargs.items())]
+    return (
+        f", and the network is called as network({', '.join(called)}). If it wants other arguments, "
+        "give the task split=f, with f(batch) -> (args, kwargs, targets)"
+    )
+
+
 @contextmanager
 def _explained(task, what, batch):
     "An error within the block, with the task's name, what was tried, and on what"
@@ -585,12 +608,14 @@ def _explained(task, what, batch):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
+        call = isinstance(e, TypeError) and not task.objective
         raise ValueError(
             f"task {task.name!r} cannot be trained as it is: {what} failed with {type(e).__name__}: "
-            f"{e}. The batch is {describe_batch(batch)}"
+            f"{str(e).rstrip('.')}. The batch is {describe_batch(batch)}"
+            + (_explain_call(task, batch) if call else "")
         ) from e
 
-
+# %% ../../nbs/13_tasks.ipynb #37fdb0d0
 def _read_first(make, what):
     "The first batch of what `make` yields"
     batch = next(iter(make()), None)
@@ -631,21 +656,33 @@ def _check_loss(task, network, batch, precision):
         if not loss.isfinite():
             raise ValueError(f"it is {loss.item()} before any training")
 
+# %% ../../nbs/13_tasks.ipynb #c9ade823
+def _one_is_enough(task, network, batch):
+    "Can a test be tried on one batch; not if a function is given all outputs, and their lengths may differ"
+    if task.judge or not any(isinstance(start_metric(*o), Kept) for o in task.metrics.items()):
+        return True
+    with torch.no_grad(), eval_mode(network):
+        output = prediction(task.forward(network, batch))
+    return torch.is_tensor(output) and output.dim() <= 2
+
 
 def _check_scores(task, network, batch_size, precision):
     "Loss and metrics of one test batch, or of all if one batch is not enough for a metric"
     one = replace(task, data=_OneBatch(task.data, batch_size))
+    batch = _read_first(one.data.test, "test")
     try:
         scores = evaluate(one, network, precision)
+        whole = not _one_is_enough(task, network, batch)
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        batch = _read_first(one.data.test, "test")
+        whole = True
+    if whole:
         with _explained(task, "testing", batch):
             scores = evaluate(task, network, precision)
     json.dumps(scores)
 
-
+# %% ../../nbs/13_tasks.ipynb #9adda4c8
 def check_task(
     task: Task,  # what will be trained on
     network: nn.Module,  # what will be trained, on its device; left as it is
@@ -655,6 +692,12 @@ def check_task(
 ) -> None:
     "Try one training batch and one test batch, and raise a ValueError that says what does not fit"
     data = task.data.to(_device(network))
+    lazy = [k for k, p in network.named_parameters() if torch.nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"{lazy[0]} has no shape yet, as it belongs to a lazy module: call the network once on a "
+            "batch before the run"
+        )
 
     def read(make, *names):
         with seeded(seed, *names):

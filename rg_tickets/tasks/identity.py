@@ -67,25 +67,26 @@ def _compact(values):
 # %% ../../nbs/12c_identity.ipynb #3a6f7898
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MODULE = set(vars(nn.Module()))  # what every nn.Module has: hooks, the training flag
-_PATHS = sysconfig.get_paths()
+_STANDARD = sysconfig.get_paths()["stdlib"]  # where Python's own modules lie
 
 
 @functools.lru_cache(maxsize=None)
 def _home(module):
     "Where a module comes from: the standard library, an installed package, or elsewhere"
     top = module.split(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
-        return "standard"
-    path = getattr(sys.modules.get(module), "__file__", None) or "/"
-    inside = any(Path(path).is_relative_to(_PATHS[k]) for k in ("purelib", "platlib"))
-    return "installed" if inside or top in ("rg_tickets", "torch") else "own"
+    path = getattr(sys.modules.get(module), "__file__", None)
+    parts = Path(path).parts if path else ()
+    if {"site-packages", "dist-packages"} & {*parts} or top in ("rg_tickets", "torch"):
+        return "installed"
+    built_in = path is None and top in sys.stdlib_module_names and top != "__main__"
+    return "standard" if built_in or (path and Path(path).is_relative_to(_STANDARD)) else "own"
 
 
 def _installed(thing):
     "Is a function or a class part of a package, whose version stands elsewhere"
     return _home(getattr(thing, "__module__", None) or "builtins") != "own"
 
-
+# %% ../../nbs/12c_identity.ipynb #f5302750
 def _short(parts, digits=8):
     "The beginning of the SHA-256 of some texts"
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:digits]
@@ -113,7 +114,7 @@ def _function(o):
     o = getattr(o, "fget", None) or getattr(o, "__func__", o)
     return o if isinstance(o, types.FunctionType) else None
 
-
+# %% ../../nbs/12c_identity.ipynb #0f65c6c7
 def _name(thing):
     "Module and name of a function or class, and the hash of the code if it is not installed"
     name = f"{thing.__module__}.{thing.__qualname__}"
@@ -127,7 +128,7 @@ def _name(thing):
     code = getattr(thing, "__code__", None)
     return f"{name}#{_code(code, thing.__doc__)}" if code else name
 
-# %% ../../nbs/12c_identity.ipynb #f5302750
+# %% ../../nbs/12c_identity.ipynb #b6cd4f7a
 def _cells(function):
     "Name -> value of the outer variables that a function uses"
     found = {}
@@ -143,7 +144,7 @@ def _is_data(o):
     "Is this a data set or a network's input, which is told apart elsewhere"
     return isinstance(o, Dataset) or hasattr(o, "column_names")
 
-
+# %% ../../nbs/12c_identity.ipynb #981e26e9
 def _own(o):
     "The attributes of an object that are its own, not its class's"
     slots = getattr(type(o), "__slots__", ())
@@ -163,7 +164,7 @@ def _attributes(o):
         return inside
     return {k: v for k, v in inside.items() if k[:1] != "_" and not isinstance(v, Mapping)}
 
-
+# %% ../../nbs/12c_identity.ipynb #ca894a30
 def _several(items, depth, above):
     "Named values in words; a long list is hashed"
     texts = [(f"{k}=" if k else "") + _describe(v, depth - 1, above) for k, v in items]
@@ -204,8 +205,13 @@ def _described(o, depth, above):
         return f"partial({_several(inside, depth, above)})"
     if isinstance(o, types.MethodType):
         return f"{_name(o.__func__)} of {_describe(o.__self__, depth, above)}"
+    for name in ("_torchdynamo_orig_callable", "__wrapped__"):
+        if name in getattr(o, "__dict__", {}):
+            return _describe(vars(o)[name], depth, above)
     if isinstance(o, types.FunctionType):
         return _described_function(o, depth, above)
+    if isinstance(o, torch.jit.ScriptFunction):
+        return f"{o.qualified_name}#{_short([o.code])}"
     if isinstance(o, Mapping):
         return "{" + _several([(str(k), v) for k, v in o.items()], depth, above) + "}"
     if isinstance(o, (set, frozenset)):
@@ -219,7 +225,7 @@ def _described(o, depth, above):
     inside = _several(sorted(_attributes(o).items()), depth, above)
     return _name(type(o)) + (f"({inside})" if inside else "")
 
-
+# %% ../../nbs/12c_identity.ipynb #41a9c955
 GENERATORS = (torch.Generator, np.random.RandomState, np.random.Generator, random.Random)
 
 
@@ -236,7 +242,7 @@ def _globals(function):
     found = {k: function.__globals__.get(k) for k in function.__code__.co_names}
     return {k: v for k, v in found.items() if isinstance(v, GENERATORS)}
 
-
+# %% ../../nbs/12c_identity.ipynb #f3441526
 def _is_closed(o):
     "Is this a class, a module, or an object of Python's or of torch's own machinery, left alone"
     if isinstance(o, (type, types.ModuleType)):
@@ -266,11 +272,12 @@ def _inside(o):
         inside |= {k: v for f in methods for k, v in (_globals(f) | _cells(f)).items()}
     return inside
 
-
-def _walk(roots, most=100):
-    "(path, object) of what is reachable from named roots and may hold a state; each once, at most 10^5"
-    queue, seen = deque(roots.items()), set()
-    while queue and len(seen) < 10**5:
+# %% ../../nbs/12c_identity.ipynb #73f2e463
+def _walk(roots, most=100, seen=None, limit=10**5):
+    "(path, object) of what is reachable from named roots and may hold a state; each once"
+    queue, seen = deque(roots.items()), set() if seen is None else seen
+    limit += len(seen)
+    while queue and len(seen) < limit:
         path, o = queue.popleft()
         if id(o) in seen or isinstance(o, _PLAIN) or isinstance(o, np.ndarray):
             continue
@@ -284,7 +291,7 @@ def _walk(roots, most=100):
 
 _GLOBAL = (torch.default_generator, random._inst, np.random.mtrand._rand)
 
-
+# %% ../../nbs/12c_identity.ipynb #42f9223d
 def own_generators(
     **roots,  # name -> loader, sampler, data set, function, ...
 ) -> dict:  # path -> generator; the global ones are left out
@@ -347,7 +354,7 @@ def _generator_undo(g):
     state = g.getstate()
     return lambda: g.setstate(state)
 
-
+# %% ../../nbs/12c_identity.ipynb #1bc52226
 def _container_undo(o):
     "A function that puts the entries of a dict, list, set or deque back, in place"
     entries = lambda: list(o.items()) if isinstance(o, dict) else [(v,) for v in o]
@@ -377,7 +384,7 @@ def _cell_undo(function):
             pass  # not assigned yet
     return lambda: [setattr(cell, "cell_contents", v) for cell, v in saved] and None
 
-
+# %% ../../nbs/12c_identity.ipynb #c7f87626
 def _undo(o):
     "A function that puts an object back, or None if it holds nothing that can change"
     if torch.is_tensor(o):
@@ -399,12 +406,14 @@ def unchanged(
     *things,  # networks, losses, objectives, functions, ...
 ):
     "After the block everything that the things hold is as it was: tensors, gradients, modes, counters, lists, generators"
-    roots = {str(i): o for i, o in enumerate(things)}
-    undo = [f for f in (_undo(o) for _, o in _walk(roots, 10**6)) if f is not None]
+    seen, undo = set(), []
+    for thing in things:
+        limit = 10**8 if isinstance(thing, nn.Module) else 10**6
+        undo += [_undo(o) for _, o in _walk({"": thing}, 10**6, seen, limit)]
     try:
         yield
     finally:
-        for f in undo:
+        for f in filter(None, undo):
             f()
 
 # %% ../../nbs/12c_identity.ipynb #10e497fb
@@ -431,7 +440,7 @@ def all_labels(
             plain = torch.is_tensor(found) or isinstance(found, (list, tuple))
             return found if plain else np.asarray(found)
 
-
+# %% ../../nbs/12c_identity.ipynb #03154998
 def _labels_hash(dataset):
     "The hash of all labels, None if they are not at hand"
     parts = getattr(dataset, "datasets", None)
@@ -450,7 +459,7 @@ def _plain_sample(o):
         return [_plain_sample(v) for v in o]
     return np.asarray(o) if hasattr(o, "__array_interface__") else o
 
-
+# %% ../../nbs/12c_identity.ipynb #cfd3e98f
 @dataclass
 class _Hashes(Dataset):
     "Hashes of samples, each read from the start of a stream"

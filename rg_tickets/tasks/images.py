@@ -21,8 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 from ..basics import generator, lookup, seeded
-from .core import Resident, Task
+from .core import Resident, Task, begin_epoch
 from .embedded import Pictures, embedded, resized, stratified
+from .forms import to_device
+from .identity import dataset_facts, describe, own_generators, seed_generators
 
 # %% ../../nbs/14_images.ipynb #158143d4
 def moments(
@@ -175,10 +177,14 @@ class _Drawn(Dataset):
     data: Dataset
     names: tuple  # the seed, and what the stream is for
 
+    def __post_init__(self):
+        self.own = own_generators(dataset=self.data)
+
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
+        seed_generators(self.own, *self.names, i)
         with seeded(*self.names, i):
             return self.data[i]
 
@@ -187,13 +193,9 @@ class _Drawn(Dataset):
 class Streamed:
     "Two data sets whose samples are made when they are needed, with the same verbs as `Resident`"
 
-    train: (
-        Dataset  # sample i is (input [c, h, w], target); it may draw from torch's global generator
-    )
+    train: Dataset  # sample i is (input [c, h, w], target), or of another form; it may draw
     heldout: Dataset  # likewise, for testing
-    augment: Callable | None = (
-        None  # (inputs, torch.Generator) -> inputs, for whole training batches
-    )
+    augment: Callable | None = None  # (inputs, generator) -> inputs, if batches are two tensors
     workers: int = 0  # processes that make samples; their number changes nothing but the speed
     device: torch.device = torch.device("cpu")  # where batches are sent
 
@@ -214,9 +216,7 @@ class Streamed:
     def _read(self, data, order, batch_size, *names):
         "Batches of the samples `order`, on the device"
         pinned = self.device.type == "cuda"
-        layout = (
-            torch.channels_last if pinned else torch.contiguous_format
-        )  # on CPUs, gradients of small strided 1x1 convolutions have crashed in channels-last
+        begin_epoch(data, names[0], names[2] if len(names) > 2 else 0, "sample")
         loader = DataLoader(
             _Drawn(data, names),
             batch_size,
@@ -225,29 +225,29 @@ class Streamed:
             pin_memory=pinned,
             generator=torch.Generator(),
         )
-        for x, y in loader:
-            yield (
-                x.to(self.device, memory_format=layout, non_blocking=pinned),
-                y.to(self.device, non_blocking=pinned),
-            )
+        for batch in loader:
+            yield to_device(batch, self.device, non_blocking=pinned)
 
     def batches(self, seed: int, epoch: int, batch_size: int):
         "Yield (inputs, targets) of epoch `epoch`, which depend on seed and epoch only"
         order = torch.randperm(len(self.train), generator=generator(seed, "order", epoch)).tolist()
         draws = generator(seed, "augment", epoch)
-        for x, y in self._read(
-            self.train,
-            order[: self.steps(batch_size) * batch_size],
-            batch_size,
-            seed,
-            "sample",
-            epoch,
-        ):
-            yield (self.augment(x, draws) if self.augment else x), y
+        used = order[: self.steps(batch_size) * batch_size]
+        for batch in self._read(self.train, used, batch_size, seed, "sample", epoch):
+            if not self.augment:
+                yield batch
+                continue
+            x, y = batch
+            yield self.augment(x, draws), y
 
     def test(self, batch_size: int = 256):
         "Yield the test set in order"
         yield from self._read(self.heldout, range(len(self.heldout)), batch_size, 0, "test")
+
+    def fingerprint(self) -> dict:
+        "What tells both data sets from others, and the augmentation in words"
+        facts = {k: dataset_facts(getattr(self, k), self.workers) for k in ("train", "heldout")}
+        return facts | dict(augment=self.augment and describe(self.augment))
 
 # %% ../../nbs/14_images.ipynb #cdeb8221
 def opened(

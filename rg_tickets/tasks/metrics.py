@@ -66,7 +66,7 @@ def _check_classes(output, target, classes, ignore_index):
             f"Accuracy(ignore_index={bad}))",
         )
 
-
+# %% ../../nbs/12d_metrics.ipynb #b5c97883
 class Accuracy:
     "How often the largest logit is the right one, over batches"
 
@@ -88,7 +88,7 @@ class Accuracy:
 
     def reset(self):
         "Forget all batches"
-        self.hits, self.count = {1: 0, -1: 0}, 0  # hits for each place where the classes may be
+        self._hits, self._count = {1: 0, -1: 0}, 0  # hits for each place where the classes may be
 
     def update(self, output: torch.Tensor, target: torch.Tensor):
         "Count a batch"
@@ -99,11 +99,11 @@ class Accuracy:
         axes = class_axes(output, target)
         both = axes == (1,) and output.dim() == 2
         fits = {1, -1} if both else {1 if a == 1 else -1 for a in axes}
-        fits &= self.hits.keys() & ({self.axis} if self.axis else {1, -1})
+        fits &= self._hits.keys() & ({self.axis} if self.axis else {1, -1})
         if not fits:
             raise _explain_axis(output, target, self._why(axes))
-        self.hits = {a: h for a, h in self.hits.items() if a in fits}
-        self._count(output, target)
+        self._hits = {a: h for a, h in self._hits.items() if a in fits}
+        self._add(output, target)
 
     def _why(self, axes):
         "Why a batch fits none of the axes that are left"
@@ -112,22 +112,22 @@ class Accuracy:
         told = f"axis={self.axis}" if self.axis else "the batches before"
         return f"the classes would lie on another axis than {told} said"
 
-    def _count(self, output, target):
+    def _add(self, output, target):
         "Add a batch's hits"
         counts = target != self.ignore_index
-        for a in self.hits:
+        for a in self._hits:
             _check_classes(output, target, output.shape[a], self.ignore_index)
-            self.hits[a] += ((output.argmax(a) == target) & counts).sum().item()
-        self.count += counts.sum().item()
+            self._hits[a] += ((output.argmax(a) == target) & counts).sum().item()
+        self._count += counts.sum().item()
 
     def compute(self) -> float:
         "The fraction of targets that are met, nan if none counts"
-        if len(set(self.hits.values())) > 1:
+        if len(set(self._hits.values())) > 1:
             raise ValueError(
                 "accuracy cannot tell the classes: outputs [n, C, C] with targets [n, C] fit both "
                 "[n, C, ...] and [n, ..., C]. Say which: Accuracy(axis=1) or Accuracy(axis=-1)"
             )
-        return next(iter(self.hits.values())) / self.count if self.count else math.nan
+        return next(iter(self._hits.values())) / self._count if self._count else math.nan
 
 
 def accuracy(
@@ -139,7 +139,7 @@ def accuracy(
     "How often the largest logit is the right one"
     return Accuracy(axis, ignore_index)(output, target)
 
-
+# %% ../../nbs/12d_metrics.ipynb #decec237
 accuracy.stream = Accuracy  # what `evaluate` uses in its place, so that no outputs are kept
 
 # %% ../../nbs/12d_metrics.ipynb #db6eb7f2
@@ -157,7 +157,7 @@ def _is_one_of(loss, kinds):
     classes = tuple(k for k in kinds if isinstance(k, type))
     return isinstance(loss, classes) or any(loss is k for k in kinds)
 
-
+# %% ../../nbs/12d_metrics.ipynb #62e06c25
 def loss_options(
     loss,  # a function, a partial of one, or a module
 ) -> tuple:  # (the function or module, its options)
@@ -174,7 +174,7 @@ def is_classification(
     "Is this torch's cross-entropy, or its likelihood, in any of their forms"
     return _is_one_of(loss_options(loss)[0], _BY_CLASS)
 
-
+# %% ../../nbs/12d_metrics.ipynb #0685dfa0
 def _class_weight(options, output, target):
     "How much the targets of a batch weigh in torch's classification losses"
     if target.shape == output.shape and target.is_floating_point():
@@ -187,13 +187,21 @@ def _class_weight(options, output, target):
 def _samples(output, target):
     "The number of samples of a batch"
     for o in (target, output):
-        if isinstance(o, Mapping):
-            o = next(iter(o.values()), None)
-        elif isinstance(o, tuple) and o and torch.is_tensor(o[0]):
-            o = o[0]
-        if isinstance(o, (list, tuple)) or (torch.is_tensor(o) and o.dim()):
+        inside = o.values() if isinstance(o, Mapping) else o if isinstance(o, tuple) else [o]
+        for v in inside:
+            if torch.is_tensor(v) and v.dim():
+                return len(v)
+        if isinstance(o, (list, tuple)):
             return len(o)
     return 1
+
+
+def _explain_shapes(output, target):
+    return ValueError(
+        f"outputs {list(output.shape)} and targets {list(target.shape)} differ in shape, so the loss "
+        "would compare every output with every target: give both one shape, with "
+        "targets.unsqueeze(1) or a network that squeezes its outputs"
+    )
 
 
 def loss_weight(
@@ -208,11 +216,13 @@ def loss_weight(
     if _is_one_of(function, _BY_CLASS):
         return _class_weight(options, output, target)
     if _is_one_of(function, _BY_NUMBER) and options.get("reduction", "mean") == "mean":
+        if torch.is_tensor(target) and target.shape != output.shape:
+            raise _explain_shapes(output, target)
         return output.numel()
     counted = torch.is_tensor(target) and not target.is_floating_point() and target.dim()
     return (target != -100).sum().item() if counted else _samples(output, target)
 
-
+# %% ../../nbs/12d_metrics.ipynb #23b4c955
 class LossMean:
     "The loss of a set from the losses of its batches"
 
@@ -240,6 +250,16 @@ def _valid(target, shift):
     return (target[:, 1:] if shift else target) != -100
 
 
+def _mean_entropy(output, target):
+    "The mean cross-entropy over labels, sample by sample, which needs memory for one of them"
+    total = 0.0
+    for o, y in zip(output, target):
+        o, y = o.reshape(-1, o.shape[-1]).float(), y.reshape(-1).long()
+        total += F.cross_entropy(o, y, reduction="sum").item()
+    counted = (target != -100).sum().item()
+    return total / counted if counted else math.nan
+
+
 def label_rule(
     loss: float,  # that the network gave
     output,  # logits [n, ..., C], if there are any
@@ -250,10 +270,9 @@ def label_rule(
         return "samples"
     if output.dim() < 2 or output.shape[:-1] != target.shape:
         return "samples"
-    flat = lambda o, y: F.cross_entropy(o.flatten(0, -2).float(), y.flatten().long()).item()
-    away = {"labels": abs(flat(output, target) - loss)}
+    away = {"labels": abs(_mean_entropy(output, target) - loss)}
     if target.dim() == 2 and target.shape[1] > 1:
-        away["next label"] = abs(flat(output[:, :-1], target[:, 1:]) - loss)
+        away["next label"] = abs(_mean_entropy(output[:, :-1], target[:, 1:]) - loss)
     best = min(away, key=lambda k: away[k] if away[k] == away[k] else math.inf)
     return best if away[best] <= 1e-4 * max(1.0, abs(loss)) else "samples"
 
@@ -301,7 +320,7 @@ def start_metric(
         fresh.reset()
     return fresh.to(device) if callable(getattr(fresh, "to", None)) else fresh
 
-
+# %% ../../nbs/12d_metrics.ipynb #185c8f21
 def _joined(parts, name):
     "Batches of outputs put together, whatever containers they are in"
     first = parts[0]
@@ -347,7 +366,7 @@ class Kept:
         "The metric of everything kept"
         return self.metric(*(_joined(list(o), self.name) for o in zip(*self.pairs)))
 
-
+# %% ../../nbs/12d_metrics.ipynb #9f6458f4
 def to_number(
     name: str,  # of the metric
     value,  # what it gave

@@ -9,12 +9,14 @@ __all__ = ['VIEWS', 'UPRIGHT', 'METHODS', 'two_views', 'nt_xent', 'info_nce', 'f
 # %% ../../nbs/15_selfsup.ipynb #7b18b823
 import copy, math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
 from ..basics import generator, lookup, patch_to, seeded
 from ..models.prunable import heads
 from .core import Resident, Task
+from .forms import describe_batch, split_batch
 from .images import DISGUISES, fingerprint, image_task
 
 # %% ../../nbs/15_selfsup.ipynb #6b628af9
@@ -233,6 +235,19 @@ def neighbours(
         )
 
 # %% ../../nbs/15_selfsup.ipynb #21cfc24e
+def _pictures(batch, split=None):
+    "(pictures, labels) of a batch of any form with one input"
+    args, kwargs, y = split(batch) if split else split_batch(batch)
+    inputs = [*args, *kwargs.values()]
+    if len(inputs) != 1 or not torch.is_tensor(inputs[0]):
+        raise ValueError(
+            f"views are made of the pictures in a batch, and the batch is {describe_batch(batch)}: "
+            "it must hold one input [n, c, h, w] beside the labels; give the task split=f, with "
+            "f(batch) -> ((pictures,), {}, labels)"
+        )
+    return inputs[0], y
+
+
 def _bank(task, limit=10_000):
     "Yield (pictures, classes) of the training set, without views, up to about `limit`"
     if isinstance(task.data, Resident):
@@ -243,7 +258,8 @@ def _bank(task, limit=10_000):
         )
         yield from zip(task.data.x[keep].split(500), task.data.y[keep].split(500))
         return
-    for x, y in task.data.batches(0, 0, 500):
+    for batch in task.data.batches(0, 0, 500):
+        x, y = _pictures(batch, task.split)
         yield (x[:, 0] if x.dim() == 5 else x), y
         if (limit := limit - len(y)) <= 0:
             return
@@ -252,7 +268,8 @@ def _bank(task, limit=10_000):
 def _knn_accuracy(task, network):
     "Share of test pictures whose neighbours vote for the right class"
     gather = lambda pairs: map(torch.cat, zip(*((features(network, x), y) for x, y in pairs)))
-    (bank, y), (x, target) = gather(_bank(task)), gather(task.data.test())
+    tested = (_pictures(batch, task.split) for batch in task.data.test())
+    (bank, y), (x, target) = gather(_bank(task)), gather(tested)
     return (neighbours(bank, y, x) == target).double().mean().item()
 
 # %% ../../nbs/15_selfsup.ipynb #52ddc4de
@@ -292,8 +309,8 @@ def _pair(x, views):
 def _test_pairs(task, views):
     "Yield both views of the test pictures; call it with torch's global generator seeded"
     views = getattr(task.data, "augment", None) or views
-    for x, _ in task.data.test():
-        yield _pair(x, views)
+    for batch in task.data.test():
+        yield _pair(_pictures(batch, task.split)[0], views)
 
 
 @dataclass(frozen=True)
@@ -310,7 +327,7 @@ class SimCLR:
         return projection(backbone, self.dim, self.seed)
 
     def objective(self, network, batch):
-        a, b = _pair(batch[0], self.views)
+        a, b = _pair(_pictures(batch)[0], self.views)
         return nt_xent(
             *network(torch.cat([a, b])).chunk(2), self.temperature, self.legacy
         )  # one pass: batch norm sees all views
@@ -333,6 +350,11 @@ class SimCLR:
         }
 
 # %% ../../nbs/15_selfsup.ipynb #e8059587
+def _after_split(split, objective, network, batch):
+    "An objective of (pictures, labels), for batches of another form"
+    return objective(network, _pictures(batch, split))
+
+
 def _with(task, name, method):
     "The task on whose pictures `method` is trained"
     if any(o.startswith("permuted") for o in task.about.get("controls", [])):
@@ -347,8 +369,9 @@ def _with(task, name, method):
         k: str(v) if k == "views" else v for k, v in asdict(replace(method, views=None)).items()
     } | {"views": str(method.views)}
     about |= {"augment": str(method.views), "pretraining": name, **{name: facts}}
+    after = partial(_after_split, task.split, method.objective)
     hooks = dict(
-        objective=method.objective,
+        objective=after if task.split else method.objective,
         wrap=method.wrap,
         judge=method.judge,
         metrics={"knn_accuracy": None},
@@ -474,7 +497,10 @@ class MoCo:
         )
 
     def objective(self, network, batch):
-        (a, b), head = _pair(batch[0], self.views), network.get_submodule(heads(network)[0])
+        (a, b), head = (
+            _pair(_pictures(batch)[0], self.views),
+            network.get_submodule(heads(network)[0]),
+        )
         if len(a) > len(head.queue):
             raise ValueError(
                 f"a batch of {len(a)} does not fit into a queue of {len(head.queue)}: use a queue that holds several batches"

@@ -21,6 +21,7 @@ from .core import Task, accuracy
 from .docstrings import Texts, corpus, docstring_texts
 from .embedded import stratified
 from .images import fingerprint
+from .metrics import start_metric
 from rg_tickets.tasks.pieces import (
     Guess,
     Masking,
@@ -475,6 +476,31 @@ class Part:
         "The metric of rows `start` to `stop`"
         output, target = output[self.start : self.stop], target[self.start : self.stop]
         return self.metric(output, target) if len(target) else float("nan")
+
+    def stream(self):
+        "The same, counted batch by batch"
+        return _PartCounter(self, start_metric("part", self.metric))
+
+
+@dataclass
+class _PartCounter:
+    "Counts the rows of a part as they pass"
+
+    part: Part
+    counter: object  # of the part's metric
+    seen: int = 0  # rows of all parts
+    used: int = 0  # rows of this part
+
+    def update(self, output: torch.Tensor, target: torch.Tensor):
+        "Count the rows of a batch that belong to the part"
+        a, b = (min(max(o - self.seen, 0), len(target)) for o in (self.part.start, self.part.stop))
+        self.seen, self.used = self.seen + len(target), self.used + b - a
+        if a < b:
+            self.counter.update(output[a:b], target[a:b])
+
+    def compute(self) -> float:
+        "The metric of the part"
+        return self.counter.compute() if self.used else float("nan")
 
 
 def _metrics(source, parts):

@@ -125,6 +125,8 @@ def _check_scores(found, params, name):
         s = found[k]
         if not torch.is_tensor(s):
             wrong = f"a {type(s).__name__}"
+        elif s.layout is not torch.strided:
+            wrong = "a sparse tensor"
         elif s.shape != p.shape:
             wrong = f"shape {tuple(s.shape)}"
         elif s.is_complex() or s.dtype == torch.bool:
@@ -768,6 +770,11 @@ def other_run(self, found):
     other = differences({k: theirs[k] for k in told}, {k: mine[k] for k in told})
     if theirs.get("initial") != mine["initial"] and not self._old_names(theirs):
         other += differences(dict(initial=theirs.get("initial")), dict(initial=mine["initial"]))
+    there, here = set(found.history.died), set(self.params)
+    if there != here:
+        one = min(there ^ here)
+        where = "there and not here" if one in there else "here and not there"
+        other.append(f"what is pruned ({one} {where})")
     if "structure" in theirs and "structure" not in skip:
         other += filter(None, [explain_structure(theirs["structure"], self.network)])
     unknown = [k for k in mine if k not in theirs and k not in _NOT_COMPARED]
@@ -776,8 +783,9 @@ def other_run(self, found):
 
 @patch_to(_Run)
 def _old_names(self, theirs):
-    "Are the initial weights those of a run that wrote down tied tensors under all their names"
-    return theirs.get("initial") == digest(unwrap(self.network).state_dict())
+    "Are the initial weights those of a run that wrote down all names, of ties and of wrappers"
+    full = self.network, unwrap(self.network)
+    return theirs.get("initial") in [digest(net.state_dict()) for net in full]
 
 
 @patch_to(_Run)

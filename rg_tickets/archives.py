@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'ArchiveError', 'read_module', 'Archive', 'read_run']
 
 # %% ../nbs/34_archives.ipynb #1e32c379
-import errno, math, re
+import errno, math, os, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,13 +311,14 @@ def _consecutive(numbers):
     return whole and all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
 
 
-def _order(parts, counts, fixed):
+def _order(parts, counts, fixed, path):
     "(order of the parts by density, a note if their names say another one)"
     by_density = sorted(range(len(parts)), key=lambda i: -counts[i].density)
     if by_density == list(range(len(parts))):
         return by_density, []
     rise = next(i for i in range(1, len(parts)) if counts[i].density > counts[i - 1].density)
-    said = f"{parts[rise].label} keeps more weights than {parts[rise - 1].label}"
+    names = _labels(parts, path)
+    said = f"{names[rise]} keeps more weights than {names[rise - 1]}"
     rising = all(a.density < b.density for a, b in zip(counts, counts[1:]))
     if fixed or (_consecutive([part.number for part in parts]) and not rising):
         return list(range(len(parts))), [f"names and densities contradict: {said}"]
@@ -333,28 +334,37 @@ def _explain_seeds(path, names):
     )
 
 
+def _kept_again(a, b):
+    "How many weights round b keeps that round a has pruned"
+    before, after = _bool_masks(a.masks()), _bool_masks(b.masks())
+    shared = [k for k in before if k in after and before[k].shape == after[k].shape]
+    return sum(int((after[k] & ~before[k]).sum()) for k in shared)
+
+
 def _check_one_run(parts, counts, path, repeats):
-    "Raise an ArchiveError for masks of the same density that are not nested, or that never change"
+    "Raise an ArchiveError for masks of different runs: as dense and not nested, or all the same"
     for (a, x), (b, y) in zip(zip(parts, counts), zip(parts[1:], counts[1:])):
-        if x.mark == y.mark or abs(x.kept - y.kept) > 0.005 * max(x.kept, 1):
+        if x.mark == y.mark or x.kept == x.total or y.kept > 1.02 * x.kept:
             continue
-        before, after = _bool_masks(a.masks()), _bool_masks(b.masks())
-        shared = [k for k in before if k in after and before[k].shape == after[k].shape]
-        back = sum(int((after[k] & ~before[k]).sum()) for k in shared)
-        if back > 0.01 * x.kept:
+        back = _kept_again(a, b)
+        chance = y.kept * (1 - x.density)  # of masks that have nothing to do with each other
+        alike = abs(x.kept - y.kept) <= 0.005 * x.kept
+        if back > 0.01 * x.kept and (alike or back > 0.5 * chance):
             raise ArchiveError(
-                f"{a.label} and {b.label} keep equally many weights, and {back:,} of them are "
-                f"others: neither mask was made from the other. {_explain_seeds(path, _labels(parts))}"
+                f"{b.label} keeps {back:,} weights that {a.label} has pruned: neither mask was made "
+                f"from the other. {_explain_seeds(path, _labels(parts, path))}"
             )
     if not repeats and len(parts) > 1 and len({count.mark for count in counts}) == 1:
         raise ArchiveError(
             f"all {len(parts)} masks of {path} are the same, so nothing was pruned between them. "
-            f"If these are runs with different seeds: {_explain_seeds(path, _labels(parts))}"
+            f"If these are runs with different seeds: {_explain_seeds(path, _labels(parts, path))}"
         )
 
 
-def _labels(parts):
-    return [Path(part.label.partition(" and ")[0]).name for part in parts]
+def _labels(parts, path):
+    "What to call the rounds of a folder, without its path"
+    short = [part.label.replace(f"{path}{os.sep}", "") for part in parts]
+    return [name.partition(" of ")[0].partition(" and ")[0] for name in short]
 
 # %% ../nbs/34_archives.ipynb #1501d641
 def _numbers_of(parts, counts, fixed):
@@ -375,7 +385,7 @@ def _ranged(parts, path, fixed=False, repeats=False, after=False):
     if len(parts) > _MOST_ROUNDS:
         raise ArchiveError(f"{path} holds {len(parts):,} rounds, more than {_MOST_ROUNDS:,}")
     counts = [_counted(part) for part in parts]
-    order, notes = _order(parts, counts, fixed)
+    order, notes = _order(parts, counts, fixed, path)
     parts, counts = [parts[i] for i in order], [counts[i] for i in order]
     _check_one_run(parts, counts, path, repeats)
     n, more = _numbers_of(parts, counts, fixed)

@@ -31,7 +31,7 @@ from rg_tickets.figures import (
     zero_line,
 )
 from .imp import measure
-from .models.names import plain_tensors, state, tied
+from .models.names import plain_tensors, tied
 from .models.prunable import groups
 
 # %% ../nbs/30_flows.ipynb #02c19c46
@@ -645,7 +645,7 @@ def in_words(
 def _as_tensors(tensors, what, where, error):
     "name -> CPU tensor, from a network, or from tensors or arrays by name"
     if isinstance(tensors, torch.nn.Module):
-        tensors = state(tensors)
+        tensors = tensors.state_dict()
     if not isinstance(tensors, Mapping) or not tensors:
         raise error(f"{where}: the {what} are no dictionary of tensors by name, or an empty one")
     out = {}

@@ -745,3 +745,22 @@ def test_pipes_and_links_in_a_folder(tmp_path):
         read_run(tmp_path, "cv_lth")
     (tmp_path / "loop").symlink_to(tmp_path)
     assert len(read_run(tmp_path, "pairs").rounds) == 2
+
+
+def test_seeds_of_different_densities_are_no_rounds(tmp_path):
+    "Three networks pruned once, by 20, 40 and 60 percent"
+    for i, share in enumerate((0.2, 0.4, 0.6)):
+        (tmp_path / str(i)).mkdir()
+        w, m = one_shot(i, share)
+        torch.save(w, tmp_path / f"{i}/weights.pt"), torch.save(m, tmp_path / f"{i}/mask.pt")
+    with pytest.raises(ArchiveError, match="neither mask was made from the other"):
+        read_run(tmp_path)
+
+
+def test_a_run_that_regrows_a_little_is_read_and_audited(tmp_path):
+    "What is not nested is the audit's to tell"
+    rounds = a_run()
+    rounds[3][1]["a"].view(-1)[(~rounds[2][1]["a"]).view(-1).nonzero()[:3]] = True
+    for n, (w, m) in enumerate(rounds):
+        torch.save(w, tmp_path / f"weights_{n}.pt"), torch.save(m, tmp_path / f"mask_{n}.pt")
+    assert any("NOT NESTED: 3 weights" in o for o in findings(audit(read_run(tmp_path))))

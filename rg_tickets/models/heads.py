@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATRICES', 'EMBEDDINGS', 'is_layer', 'Use', 'matrix_uses', 'below', 'heads', 'train_mode', 'find_head',
-           'declare_head']
+           'declare_head', 'check_products']
 
 # %% ../../nbs/11a_heads.ipynb #d120e887
 import re, sys
@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn
-from ..basics import lookup, seeded
+from ..basics import generator, lookup, seeded
 from .names import named_modules, plain_name, tied, unwrap
 
 # %% ../../nbs/11a_heads.ipynb #d5024ee5
@@ -427,9 +427,10 @@ def train_mode(
 
 # %% ../../nbs/11a_heads.ipynb #516620ac
 def _copy_buffers(modules):
-    "Buffers of each module, and copies of their values"
+    "Buffers of each module, and copies of the values of buffers and parameters"
     kept = [(m, dict(m._buffers)) for m in modules]
-    tensors = {id(t): t for _, held in kept for t in held.values() if t is not None}
+    tables = [held for _, held in kept] + [m._parameters for m in modules]
+    tensors = {id(t): t for held in tables for t in held.values() if t is not None}
     return kept, [(t, t.detach().clone()) for t in tensors.values()]
 
 
@@ -440,7 +441,8 @@ def _put_back(kept, values):
         module._buffers.update(held)
     with torch.no_grad():
         for tensor, value in values:
-            tensor.copy_(value)
+            if not tensor.is_meta and not torch.equal(tensor, value):
+                tensor.copy_(value)
 
 
 @contextmanager
@@ -538,11 +540,93 @@ def declare_head(
     network: nn.Module,  # any network; its innermost module gets the attribute `head_names`
     loss: Callable | None = None,  # () -> training loss of one batch, as in `find_head`
 ) -> tuple:  # plain names of modules
-    "Decide once what the head is, by the first rule that applies, and store it on the network"
+    "Decide what the head is, by the first rule that applies, and store it on the network"
+    inner = unwrap(network)
+    if loss is not None and getattr(inner, "_found_head", None) is not None:
+        if inner._found_head == inner.head_names:  # ours, of an earlier call: look again
+            del inner.head_names
+        del inner._found_head
+    said = getattr(inner, "head_names", None) is not None
     declared, beside = _declared(network)
     if declared is not None and not beside:
         head = declared
     else:
         head = heads(network) if loss is None else find_head(network, loss)
-    unwrap(network).head_names = head
+    inner.head_names = head
+    if not said:
+        inner._found_head = head
     return head
+
+# %% ../../nbs/11a_heads.ipynb #449054a3
+def _halves(layer, call):
+    "Outputs for half of the weights, the other half, all and none of them; the bias is left out"
+    weight = layer.weight.detach().clone()
+    half = torch.rand(weight.shape, generator=generator(0, "half")) < 0.5
+    half = half.to(weight.device)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data.zero_()
+    outputs = []
+    for value in (weight * half, weight * ~half, weight, weight * 0):
+        outputs.append(_call_with(layer, value, call))
+    return outputs
+
+
+def _call_with(layer, weight, call):
+    "The first output of a layer for other weights"
+    layer.weight.data.copy_(weight)
+    with seeded(0, "product"), torch.no_grad():
+        return _tensors(layer.forward(*call[0], **call[1]))[0].double()
+
+
+def _mixes(layer, call):
+    "Does an input of which every weight is zero still change the output; only where inputs have a place"
+    args, kwargs = call
+    flat = is_layer(layer, (nn.Linear,))
+    plain = flat or (is_layer(layer, _CONV[:3]) and layer.groups == 1)
+    if not plain or not args or not torch.is_tensor(args[0]):
+        return False
+    x = args[0].detach()
+    at = x.dim() - 1 if flat else x.dim() - len(layer.kernel_size) - 1
+    shape = [-1 if i == at else 1 for i in range(x.dim())]
+    kept = torch.arange(layer.weight.shape[1], device=x.device) % 2 == 0
+    if x.shape[at] != len(kept) or kept.all():
+        return False
+    weight = layer.weight.detach() * kept.view([1, -1] + [1] * (layer.weight.dim() - 2))
+    before = _call_with(layer, weight, call)
+    other = torch.where(kept.view(shape), x, x + 1)
+    after = _call_with(layer, weight, ((other, *args[1:]), kwargs))
+    return bool((after - before).norm() > 1e-3 * before.norm() + 1e-9)
+
+
+def check_products(
+    network: nn.Module,  # any network, wrapped or not; as it was when this returns
+    params: dict,  # name -> parameter that is to be pruned
+    loss: Callable,  # () -> the training loss of one batch
+):
+    "Raise a ValueError for a layer of an own class that changes its weight before it multiplies by it"
+    wanted, calls = {id(p) for p in params.values()}, {}
+    own = [o for o in _matrix_layers(network) if not type(o[1]).__module__.startswith("torch.")]
+    own = [(k, m) for k, m in own if id(getattr(m, "weight", None)) in wanted]
+    if not own:
+        return
+    with ExitStack() as stack, _untouched(network):
+        for path, layer in own:
+            note = lambda m, args, kwargs, path=path: (
+                calls.setdefault(path, (args, kwargs)) and None
+            )
+            stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+        loss()
+        for path, layer in own:
+            if path not in calls:
+                continue
+            weight = layer.weight.detach().clone()
+            one, other, whole, none = _halves(layer, calls[path])
+            layer.weight.data.copy_(weight)
+            size = 1e-3 * whole.norm() + 1e-9
+            adds = (one + other - whole - none).norm() <= size and none.norm() <= size
+            if not adds or _mixes(layer, calls[path]):
+                raise ValueError(
+                    f"{type(layer).__name__} {path!r} changes its weight before it multiplies by it, "
+                    "so zeros in the weight would be none in the product: leave the layer out (give "
+                    "a list of tensor names as preset), or freeze it"
+                )

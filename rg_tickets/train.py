@@ -192,9 +192,6 @@ def optimizer(
         matrices, rest = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
         groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
     opt = OPTIMIZERS[recipe.optimizer](groups, recipe, fused)
-    if isinstance(opt, torch.optim.SGD) and recipe.momentum and fused:
-        for p in params:  # the fused step cannot mix parameters with and without momentum, which
-            opt.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a skipped layer would ask for
     return opt
 
 # %% ../nbs/22_train.ipynb #b474078c
@@ -283,6 +280,18 @@ def deterministic():
         cudnn.deterministic, cudnn.benchmark = before
 
 
+def _begin_momentum(opt):
+    "Start momentum at zero where a parameter gets its first gradient later than others of its group"
+    for group in opt.param_groups if type(opt) is torch.optim.SGD else ():
+        if not (group["momentum"] and group["fused"]):
+            continue
+        mine = [p for p in group["params"] if p.grad is not None]
+        new = [p for p in mine if opt.state.get(p, {}).get("momentum_buffer") is None]
+        if len(new) < len(mine):  # the fused step cannot mix those with and those without
+            for p in new:
+                opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def _step(task, network, batch, opt, masked, recipe):
     "One optimizer step; gives the loss as a detached scalar"
     opt.zero_grad(set_to_none=True)
@@ -294,6 +303,7 @@ def _step(task, network, batch, opt, masked, recipe):
         masked.grads()
     if recipe.clip:
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
+    _begin_momentum(opt)
     opt.step()
     if masked and type(opt) not in KEEP_ZERO:
         masked.weights()

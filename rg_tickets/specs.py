@@ -318,18 +318,9 @@ def _windows(name, head, length, rows):
     )
 
 
-def _text_rows(name, source, chosen):
-    "Rows that a text task has; of the embedded ones they are counted only if many are asked for"
-    if source.head == "mlm":
-        return None, None
-    if source.hub:
-        return ROWS[name][0], ROWS[name][1]
-    if all((n or 0) <= most for n, most in zip(chosen, (source.train, source.test))):
-        return None, None
-    from rg_tickets.tasks.text import docstring_texts
-
-    texts = docstring_texts(name, 0)
-    return len(texts.train), len(texts.test)
+def _text_rows(name, source):
+    "Rows that a text task has, (None, None) if only the data say"
+    return ROWS[name][:2] if source.hub and source.head != "mlm" else (None, None)
 
 
 def _text_facts(spec, root):
@@ -368,7 +359,7 @@ def _text_facts(spec, root):
         bool(there),
         about,
         source.head,
-        _text_rows(name, source, chosen),
+        _text_rows(name, source),
     )
 
 # %% ../nbs/39a_specs.ipynb #35225a65
@@ -755,6 +746,16 @@ def _check_samples(spec):
     return found
 
 
+def _check_texts(spec):
+    "Refuse more rows of an embedded text task than there are; they are counted only if many are asked for"
+    if kind(spec) != "texts":
+        return
+    source = _named("tasks.text:TASKS")[spec.task.split("/")[0]]
+    asked = (spec.n_train or 0, spec.n_test or 0)
+    if not source.hub and any(n > most for n, most in zip(asked, (source.train, source.test))):
+        build(spec)
+
+
 def check(
     spec: Spec,  # of a run
 ):
@@ -766,6 +767,7 @@ def check(
     _check_queue(spec, recipe)
     policy(spec.rewind)
     known = not _check_samples(spec).about
+    _check_texts(spec)
     check_arguments(
         recipe,
         spec.rounds,

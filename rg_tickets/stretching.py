@@ -365,11 +365,12 @@ def stretched(
     check_count(len(todo), "records")
     todo = list({s.id: s for s in todo}.values())
     plain = [getattr(s, "stretching", s) for s in todo]
-    check_stretchings(todo)
     found = [replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [
         s.target for s in plain
     ]  # the runs that find tickets
-    complete([*waves(found), todo], folder, jobs, **kwargs)
+    first = waves(found)
+    check_stretchings(todo)
+    complete([*first, todo], folder, jobs, **kwargs)
     paths = [
         Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv")
         for s in todo

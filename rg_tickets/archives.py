@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'ArchiveError', 'read_module', 'Archive', 'read_run']
 
 # %% ../nbs/34_archives.ipynb #1e32c379
-import errno, math, re
+import errno, math, os, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,10 @@ class _Source:
 
     def __init__(self, path, inside=None):
         self.path = Path(path)
+        if not self.path.is_file():
+            raise ArchiveError(
+                f"{path} is no file: take it away, or put the file of the round there"
+            )
         with self.path.open("rb") as f:
             start = f.read(9)
         if start[8:] == b"{" or self.path.suffix == ".safetensors":
@@ -207,7 +211,7 @@ class Archive:
     start: Callable | None = None  # gives the state to rewind to, if the files hold it
     after: Callable | None = None  # gives the mask made of the last round, if the files hold it
     claims: dict = field(default_factory=dict)  # rate, scope, dense: what the run says of itself
-    ranked: bool = True  # whether the weights are those that were ranked, and not another epoch's
+    ranked: bool = True  # whether weights and masks are known to be those of the ranking
 
     def __repr__(self):
         span = f"{len(self.rounds)} rounds, n = {self.n[0]} to {self.n[-1]}"
@@ -307,13 +311,14 @@ def _consecutive(numbers):
     return whole and all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
 
 
-def _order(parts, counts, fixed):
+def _order(parts, counts, fixed, path):
     "(order of the parts by density, a note if their names say another one)"
     by_density = sorted(range(len(parts)), key=lambda i: -counts[i].density)
     if by_density == list(range(len(parts))):
         return by_density, []
     rise = next(i for i in range(1, len(parts)) if counts[i].density > counts[i - 1].density)
-    said = f"{parts[rise].label} keeps more weights than {parts[rise - 1].label}"
+    names = _labels(parts, path)
+    said = f"{names[rise]} keeps more weights than {names[rise - 1]}"
     rising = all(a.density < b.density for a, b in zip(counts, counts[1:]))
     if fixed or (_consecutive([part.number for part in parts]) and not rising):
         return list(range(len(parts))), [f"names and densities contradict: {said}"]
@@ -329,28 +334,37 @@ def _explain_seeds(path, names):
     )
 
 
+def _kept_again(a, b):
+    "How many weights round b keeps that round a has pruned"
+    before, after = _bool_masks(a.masks()), _bool_masks(b.masks())
+    shared = [k for k in before if k in after and before[k].shape == after[k].shape]
+    return sum(int((after[k] & ~before[k]).sum()) for k in shared)
+
+
 def _check_one_run(parts, counts, path, repeats):
-    "Raise an ArchiveError for masks of the same density that are not nested, or that never change"
+    "Raise an ArchiveError for masks of different runs: as dense and not nested, or all the same"
     for (a, x), (b, y) in zip(zip(parts, counts), zip(parts[1:], counts[1:])):
-        if x.mark == y.mark or abs(x.kept - y.kept) > 0.005 * max(x.kept, 1):
+        if x.mark == y.mark or x.kept == x.total or y.kept > 1.02 * x.kept:
             continue
-        before, after = _bool_masks(a.masks()), _bool_masks(b.masks())
-        shared = [k for k in before if k in after and before[k].shape == after[k].shape]
-        back = sum(int((after[k] & ~before[k]).sum()) for k in shared)
-        if back > 0.01 * x.kept:
+        back = _kept_again(a, b)
+        chance = y.kept * (1 - x.density)  # of masks that have nothing to do with each other
+        alike = abs(x.kept - y.kept) <= 0.005 * x.kept
+        if back > 0.01 * x.kept and (alike or back > 0.5 * chance):
             raise ArchiveError(
-                f"{a.label} and {b.label} keep equally many weights, and {back:,} of them are "
-                f"others: neither mask was made from the other. {_explain_seeds(path, _labels(parts))}"
+                f"{b.label} keeps {back:,} weights that {a.label} has pruned: neither mask was made "
+                f"from the other. {_explain_seeds(path, _labels(parts, path))}"
             )
     if not repeats and len(parts) > 1 and len({count.mark for count in counts}) == 1:
         raise ArchiveError(
             f"all {len(parts)} masks of {path} are the same, so nothing was pruned between them. "
-            f"If these are runs with different seeds: {_explain_seeds(path, _labels(parts))}"
+            f"If these are runs with different seeds: {_explain_seeds(path, _labels(parts, path))}"
         )
 
 
-def _labels(parts):
-    return [Path(part.label.partition(" and ")[0]).name for part in parts]
+def _labels(parts, path):
+    "What to call the rounds of a folder, without its path"
+    short = [part.label.replace(f"{path}{os.sep}", "") for part in parts]
+    return [name.partition(" of ")[0].partition(" and ")[0] for name in short]
 
 # %% ../nbs/34_archives.ipynb #1501d641
 def _numbers_of(parts, counts, fixed):
@@ -371,7 +385,7 @@ def _ranged(parts, path, fixed=False, repeats=False, after=False):
     if len(parts) > _MOST_ROUNDS:
         raise ArchiveError(f"{path} holds {len(parts):,} rounds, more than {_MOST_ROUNDS:,}")
     counts = [_counted(part) for part in parts]
-    order, notes = _order(parts, counts, fixed)
+    order, notes = _order(parts, counts, fixed, path)
     parts, counts = [parts[i] for i in order], [counts[i] for i in order]
     _check_one_run(parts, counts, path, repeats)
     n, more = _numbers_of(parts, counts, fixed)
@@ -725,8 +739,7 @@ def _shift(archive, after, whole):
         "files were written after pruning: the mask in force is that of the file before",
     ]
     n, last = list(range(len(parts))), lambda: rounds[-1][1]
-    start = archive.start
-    return Archive(archive.kind, _Rounds(parts), n, archive.about, notes, start, last)
+    return Archive(archive.kind, _Rounds(parts), n, archive.about, notes, archive.start, last)
 
 
 def _last_of_each(parts, counts):
@@ -769,18 +782,27 @@ class _Zeros:
 
     def look_at(self, i, kept):
         "Note the weights that are zero from file i on; kept: those that are not zero after it"
-        w = _matrices(self.paths[i])
+        w, back, zeros = _matrices(self.paths[i]), 0, 0
         for k, m in kept.items():
             if k not in w or w[k].shape != m.shape:
                 raise ArchiveError(f"{self.paths[i]} has no {k} of the shape that later files have")
-            self.back += int((m & (w[k] == 0)).sum())
+            back += int((m & (w[k] == 0)).sum())
+            zeros += int((w[k] == 0).sum())
             m |= w[k] != 0
             self.at[k][~m] = i
+        self.back += back
+        if back > max(0.1 * sum(m.numel() for m in kept.values()), 0.5 * zeros):
+            raise ArchiveError(
+                f"{back:,} of the {zeros:,} weights that are zero in {self.paths[i]} are not zero in "
+                "files that have more zeros: neither was made from the other. "
+                + _explain_seeds(self.paths[i].parent, [p.name for p in self.paths])
+            )
 
     def begin(self):
-        "Let a run that begins dense begin so, though a few of its weights are zero by chance"
-        zero = sum(int((t == 0).sum()) for t in self.at.values())
-        if zero <= 0.01 * sum(t.numel() for t in self.at.values()):
+        "Let a run that begins dense begin so, though some of its weights are zero by chance"
+        count = lambda i: sum(int((t == i).sum()) for t in self.at.values())
+        total = sum(t.numel() for t in self.at.values())
+        if count(0) <= max(0.01 * total, 0.25 * count(1)):
             for t in self.at.values():
                 t[t == 0] = 1
 
@@ -862,7 +884,8 @@ def _torch_prune(path, after):
     dense = counts[0].kept == counts[0].total
     n = list(range(not dense, len(parts) + (not dense)))
     about = {"path": str(path)}
-    archive = Archive("torch_prune", _Rounds(parts), n, about, notes + more + left_out)
+    notes += [*more, *left_out]
+    archive = Archive("torch_prune", _Rounds(parts), n, about, notes, ranked=bool(names))
     return _shift(archive, after, lambda i: _whole(parts[i].label, names))
 
 # %% ../nbs/34_archives.ipynb #b1c924e3

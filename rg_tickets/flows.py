@@ -31,7 +31,7 @@ from rg_tickets.figures import (
     zero_line,
 )
 from .imp import measure
-from .models.names import plain_tensors, state, tied
+from .models.names import plain_tensors, tied
 from .models.prunable import groups
 
 # %% ../nbs/30_flows.ipynb #02c19c46
@@ -645,7 +645,7 @@ def in_words(
 def _as_tensors(tensors, what, where, error):
     "name -> CPU tensor, from a network, or from tensors or arrays by name"
     if isinstance(tensors, torch.nn.Module):
-        tensors = state(tensors)
+        tensors = tensors.state_dict()
     if not isinstance(tensors, Mapping) or not tensors:
         raise error(f"{where}: the {what} are no dictionary of tensors by name, or an empty one")
     out = {}
@@ -659,12 +659,22 @@ def _as_tensors(tensors, what, where, error):
     return plain_tensors(out)
 
 
-def _factors(weights, masks):
+def _factors(weights, masks, where, error):
     "Weights and masks, where layers come as X_orig and X_mask, as torch.nn.utils.prune leaves them"
     pairs = {k[:-5]: k for k in weights if k.endswith("_orig") and f"{k[:-5]}_mask" in weights}
     if masks is None:
         masks = {k: weights[f"{k}_mask"] for k in pairs}
-    products = {k: weights[orig] * weights[f"{k}_mask"] for k, orig in pairs.items()}
+    try:
+        first = tied({orig: weights[orig] for orig in pairs.values()})
+    except ValueError as e:
+        raise error(f"{where}: {e}") from None
+    products = {}
+    for k, orig in pairs.items():
+        one = first.get(orig, orig)[:-5]  # a tied matrix has one product, if it has one mask
+        same = one in products and torch.equal(weights[f"{k}_mask"], weights[f"{one}_mask"])
+        if one in products and not same:
+            raise error(f"{where}: {one} and {k} are one tensor, and there are two masks for it")
+        products[k] = products[one] if same else weights[orig] * weights[f"{k}_mask"]
     masks = {k if k in weights else k.removesuffix("_mask"): m for k, m in masks.items()}
     return weights | products, masks
 
@@ -734,7 +744,7 @@ def check_round(
     "Return one round under plain names, each tensor once; what does not fit is an error"
     weights = _as_tensors(weights, "weights", where, error)
     masks = None if masks is None else _as_tensors(masks, "masks", where, error)
-    weights, masks = _factors(weights, masks)
+    weights, masks = _factors(weights, masks, where, error)
     if not masks:
         raise error(f"{where}: there are no masks, and none called X_mask among the weights")
     masks, first = _each_once(weights, masks, where, error)

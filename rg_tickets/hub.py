@@ -175,11 +175,19 @@ def flow_of(
 ) -> Flow | None:  # of one run
     "The flow of the rounds a ticket stores, or None if they hold no measurements of tensors"
     labels = {k: str(ticket.about.get(k, "")) for k in ("task", "model", "control")}
+    seed = ticket.about.get("seed")
     try:
-        flow = Flow.of(ticket.rounds, ticket.about.get("seed", 0), **labels)
-    except (KeyError, TypeError, AttributeError, IndexError):
+        flow = Flow.of(ticket.rounds, seed if isinstance(seed, (int, str)) else 0, **labels)
+        return flow if len(flow.frame) and _measured(flow.frame) else None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         return None
-    return flow if len(flow.frame) else None
+
+
+def _measured(frame):
+    "Are the numbers of a flow numbers, and none of them negative"
+    numbers = frame[["n", "t", "density", "count", "alive", "l1"]]
+    kinds = all(numbers[k].dtype.kind in "iuf" for k in numbers)
+    return kinds and bool((np.isfinite(numbers) & (numbers >= 0)).all(axis=None))
 
 # %% ../nbs/35_hub.ipynb #64a4f7cd
 def _facts(ticket):

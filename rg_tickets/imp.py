@@ -25,6 +25,7 @@ from rg_tickets.masks import (
     shuffled,
 )
 from .models.names import set_state, state, unwrap
+from .models.heads import check_products
 from .models.prunable import FROZEN, PRESETS, declare_head, describe, prunable
 from .ranks import World, world as find_world
 from .selection import check_finite
@@ -125,6 +126,8 @@ def _check_scores(found, params, name):
         s = found[k]
         if not torch.is_tensor(s):
             wrong = f"a {type(s).__name__}"
+        elif s.layout is not torch.strided:
+            wrong = "a sparse tensor"
         elif s.shape != p.shape:
             wrong = f"shape {tuple(s.shape)}"
         elif s.is_complex() or s.dtype == torch.bool:
@@ -767,7 +770,12 @@ def other_run(self, found):
     told = [k for k in mine if k in theirs and k not in (*skip, "structure", "initial")]
     other = differences({k: theirs[k] for k in told}, {k: mine[k] for k in told})
     if theirs.get("initial") != mine["initial"] and not self._old_names(theirs):
-        other += differences(dict(initial=theirs.get("initial")), dict(initial=mine["initial"]))
+        other.append("the initial weights (is the network trained already? Build it anew)")
+    there, here = set(found.history.died), set(self.params)
+    if there != here:
+        one = min(there ^ here)
+        where = "there and not here" if one in there else "here and not there"
+        other.append(f"what is pruned ({one} {where})")
     if "structure" in theirs and "structure" not in skip:
         other += filter(None, [explain_structure(theirs["structure"], self.network)])
     unknown = [k for k in mine if k not in theirs and k not in _NOT_COMPARED]
@@ -776,8 +784,9 @@ def other_run(self, found):
 
 @patch_to(_Run)
 def _old_names(self, theirs):
-    "Are the initial weights those of a run that wrote down tied tensors under all their names"
-    return theirs.get("initial") == digest(unwrap(self.network).state_dict())
+    "Are the initial weights those of a run that wrote down all names, of ties and of wrappers"
+    full = self.network, unwrap(self.network)
+    return theirs.get("initial") in [digest(net.state_dict()) for net in full]
 
 
 @patch_to(_Run)
@@ -883,14 +892,26 @@ def prepare_run(
     report: Callable | None = None,  # called after each epoch
 ) -> _Run:
     "Try network and task, and build the run that was asked for"
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "imp trains, and gradients are switched off here (torch.no_grad or inference_mode): "
+            "call it outside of that block"
+        )
     check_not_held(network)
     check_network(network)
+    if world.size > 1 and task.loss == "model" and not task.objective:
+        raise ValueError(
+            f"the network computes the loss of {task.name!r} itself, and on {world.size} ranks "
+            "each would see a part of the batch: let the task compute it, loss=f(output, target)"
+        )
     place(network, world.device(device))
     start, recipe = Unsaved.of(network), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)
-    declare_head(network, lambda: task(network, _first_batch(task, network, choices)))
-    start.restore(network)
+    loss = lambda: task(network, _first_batch(task, network, choices))
+    declare_head(network, loss)
     params = prunable(network, choices.preset, choices.frozen)
+    check_products(network, params, loss)
+    start.restore(network)
     history = MaskHistory.dense(params)
     if choices.variant.rank == "given":
         history = _follow(ticket, history, choices)
@@ -983,7 +1004,8 @@ def _follow(ticket, history, choices):
     "A ticket's masks, to be revealed round by round"
     if ticket is None:
         raise ValueError(
-            f"the control {choices.control!r} follows a ticket's masks: give ticket=Ticket.load(...)"
+            f"the control {choices.control!r} follows a ticket's masks: "
+            "give ticket=Ticket.load(...)"
         )
     theirs, mine = (
         {k: tuple(d.shape) for k, d in h.died.items()} for h in (ticket.history, history)

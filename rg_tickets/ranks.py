@@ -267,10 +267,12 @@ def _samples(args, kwargs):
     "Number of samples in a call's arguments, None if they are not tensors with samples first"
     tensors = []
     for o in (*args, *kwargs.values()):
-        if isinstance(o, (tuple, list)):
+        inside = list(o.values()) if isinstance(o, Mapping) else [o]
+        if any(isinstance(v, (tuple, list, Mapping)) for v in inside):
             return None
-        tensors += [o] if torch.is_tensor(o) else o.values() if isinstance(o, Mapping) else []
-    return len(tensors[0]) if tensors and torch.is_tensor(tensors[0]) and tensors[0].dim() else None
+        tensors += [v for v in inside if torch.is_tensor(v)]
+    sizes = {len(t) for t in tensors if t.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 @contextmanager
@@ -292,7 +294,7 @@ def _shared(world, network, plain):
         if not network.training or n is None or n < world.size:
             return plain(*args, **kwargs)
         mine = world.share(n)
-        cut = lambda t: t[mine] if t.dim() and len(t) == n else t
+        cut = lambda t: t[mine] if t.dim() else t
         last[:] = torch.initial_seed(), last[1] + 1 if last[0] == torch.initial_seed() else 0
         with _one_mean(network), _own_draws(world.rank, last[1]):
             y = plain(*_each(cut, args), **_each(cut, kwargs))
@@ -319,6 +321,11 @@ def spread(
     if self.size == 1:
         yield
         return
+    if isinstance(network, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"the network is inside a {type(network).__name__}, and the work of {self.size} ranks "
+            "is shared out here: give the network itself, network.module"
+        )
 
     def average(p):
         _talk(dist.all_reduce, p.grad)

@@ -17,8 +17,9 @@ from .basics import alone, as_int, lookup, seeded, stream
 from .imp import Round, check_arguments, prepare_run
 from .models.names import named_parameters, unwrap
 from .ranks import world
-from .rewind import Policy
+from .rewind import Policy, Unsaved
 from .tasks.core import Resident, Task
+from .tasks.identity import unchanged
 from rg_tickets.train import (
     Diverged,
     Masked,
@@ -94,7 +95,8 @@ def _alike(networks):
     for k, net in enumerate(networks):
         if facts(net) != first:
             raise ValueError(
-                f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices, frozen layers or modes"
+                f"network {k} is not built like network 0: replicas differ in their numbers only, "
+                "not in shapes, devices, frozen layers or modes"
             )
     for name, m in networks[0].named_modules():
         if _held(m) and type(m) not in WIDER:
@@ -181,30 +183,39 @@ def _trial(networks, xs):
     "Largest tensor that one network handles; ValueError if the joined network does not do what the single ones do"
     sizes = [p.numel() for p in networks[0].parameters()]
     note = lambda m, args, out: sizes.append(out.numel()) if torch.is_tensor(out) else None
-    with joined(networks) as many, seeded(0, "trial"):
-        saved = [b.clone() for b in many.buffers()]
-        modes = [net.training for net in networks]
+    with joined(networks) as many, seeded(0, "trial"), unchanged(many, *networks):
+        before = Unsaved.of(networks[0])
         hooks = [m.register_forward_hook(note) for m in networks[0].modules()]
         try:
-            outs = [net.train()(x) for net, x in zip(networks, xs)]
-            ours = many.train()(torch.cat(xs, 1)).unflatten(1, (len(xs), -1))
+            outs = [train_mode(net)(x) for net, x in zip(networks, xs)]
+            ours = train_mode(many)(torch.cat(xs, 1)).unflatten(1, (len(xs), -1))
             far = max(((ours[:, k] - o).norm() / o.norm()).item() for k, o in enumerate(outs))
         except (RuntimeError, AttributeError, TypeError) as e:
             raise ValueError(
                 f"the joined network does not run ({str(e).splitlines()[0]}): its forward must leave the channels in dimension 1 and treat them alike"
             ) from None
         finally:
-            for b, o in zip(many.buffers(), saved):
-                b.copy_(o)
             for h in hooks:
                 h.remove()
-            for net, mode in zip(networks, modes):
-                net.train(mode)
+        counts = _counted(networks[0], before)
+    if counts:
+        raise ValueError(
+            f"the network counts in a plain attribute ({counts[0]}), of which the joined network "
+            "has one for all: use a buffer, register_buffer"
+        )
     if not far < 0.05:
         raise ValueError(
             f"the joined network gives other outputs than the single ones (by {far:.0%}): something in it mixes channels or draws random numbers, like softmax or dropout"
         )
     return max(sizes)
+
+
+def _counted(network, before):
+    "Names of what a forward pass has changed outside of parameters and buffers"
+    new, buffers = Unsaved.of(network).beyond(before), dict(network.named_buffers())
+    return [".".join(filter(None, k)) for k in new.numbers] + [
+        k.lstrip(".") for k in new.tensors if k.lstrip(".") not in buffers
+    ]
 
 # %% ../nbs/23b_replicas.ipynb #1ec7fee3
 def _obstacle(task, networks, recipe):

@@ -398,8 +398,8 @@ def gaps_at(
     "Gaps of transferred tickets, of the last round and the source's weights if there are several"
     what = "no table of transfers"
     numbers = ["metric", "gap", "n", "density"]
-    frame = read_table(path, ["source", "target"], numbers, ["source", "target"], what)
-    if not {"gap", "metric"} & set(frame):
+    frame = read_table(path, [], numbers, ["source", "target"], what)
+    if not {"source", "target"} <= set(frame) or not {"gap", "metric"} & set(frame):
         raise ValueError(
             f"{path} is no table of transfers: it needs the columns source, target, and metric or gap"
         )

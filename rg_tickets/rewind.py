@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'POLICIES', 'PRUNE_TYPES', 'Policy', 'policy', 'Unsaved', 'c
 
 # %% ../nbs/22a_rewind.ipynb #1b8b9cac
 import json, re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from torch import nn
@@ -102,6 +102,7 @@ class Unsaved:
     tensors: dict  # name -> copy of a non-persistent buffer, or of a tensor that is an attribute
     numbers: dict  # (path of a module, attribute) -> number, True, False or None
     known: frozenset = frozenset()  # (path, attribute) of all attributes there were
+    hooks: dict = field(default_factory=dict)  # (path, table of hooks) -> what was in it
 
     @classmethod
     def of(cls, network: nn.Module):
@@ -110,7 +111,8 @@ class Unsaved:
         numbers = {k: v for k, v in plain.items() if _is_number(v) and k[1] not in _OWN}
         places = _places(network).items()
         tensors = {k: held[leaf].detach().clone() for k, (held, leaf) in places}
-        return cls(tensors, numbers, frozenset(plain))
+        hooks = {k: dict(v) for k, v in plain.items() if k[1] in _HOOKS}
+        return cls(tensors, numbers, frozenset(plain), hooks)
 
     def beyond(self, start: "Unsaved") -> "Unsaved":
         "What is new, or has another value than in `start`"
@@ -121,7 +123,7 @@ class Unsaved:
 
     @torch.no_grad()
     def restore(self, network: nn.Module):
-        "Put tensors and numbers back, each into the module it was in; numbers that are new go"
+        "Put tensors, numbers and hooks back, each into the module it was in; new numbers and hooks go"
         places, modules = _places(network), dict(named_modules(network))
         for path, k in Unsaved.of(network).numbers if self.known else ():
             if (path, k) not in self.known:
@@ -135,9 +137,28 @@ class Unsaved:
         for (path, k), then in self.numbers.items():
             if k not in vars(modules[path]) or not _same(vars(modules[path])[k], then):
                 vars(modules[path])[k] = then
+        for (
+            path,
+            k,
+        ), then in self.hooks.items():  # a flag says that they are there, and is put back
+            held = vars(modules[path])[k]
+            if list(held) != list(then):
+                held.clear()
+                held.update(then)
 
     def __bool__(self):
         return bool(self.tensors or self.numbers)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def _is_number(value):
@@ -317,7 +338,7 @@ def check_source(
     prune_type: str,  # a name in `PRUNE_TYPES`
     source=None,  # where pre-trained weights come from, as `prepare` takes it; it is not opened
 ) -> PruneType:
-    "The prune type of that name; a source that is missing, or one that is not wanted, is a ValueError"
+    "The prune type of that name; a missing source, or one that is not wanted, is a ValueError"
     what = lookup(prune_type, PRUNE_TYPES, "prune type")
     if (source is not None) != (what.source == "elsewhere"):
         raise ValueError(

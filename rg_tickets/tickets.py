@@ -434,11 +434,12 @@ def _match(ticket, network, head, own=(), leave=False):
     stays = _under(own)
     match, used, differ = {}, set(), {}
     for first, names in _all_names(state(network), tied(network)).items():
-        found = _sources(ticket, names)
-        if all(map(inside, names)) or any(map(stays, names)):
-            used |= set(found) if any(map(stays, names)) else set()
+        if all(map(inside, names)):
             continue
+        found = _sources(ticket, names)
         used |= set(found)
+        if any(map(stays, names)):
+            continue
         match[first] = _same_tensor(ticket, found) if found else None
         if found and match[first] is None:
             differ[first] = " and ".join(found)
@@ -663,7 +664,9 @@ def _find_masks(network, ticket, n, head):
     given, (match, over, differ) = wanted.weights, _match(wanted, network, head)
     masks = {k: given[o] for k, o in match.items() if o is not None}
     shapes = [k for k, m in masks.items() if m.shape != have[k].shape]
+    odd = [k for k, m in masks.items() if not ((m == 0) | (m == 1)).all()]
     problems = [
+        ("other numbers than 0 and 1 stand in the mask of ", odd),
         ("the network has no ", over),
         ("the network ties what differs in the ticket: ", list(differ.values())),
         ("the shapes differ for ", shapes),

@@ -207,6 +207,7 @@ def _check(task, network, recipe, seed, fit):
     "Try network and task before anything is trained, and find the head, as `imp` does"
     check_not_held(network)
     check_network(network)
+    before = Unsaved.of(network)
     try:
         check_task(task, network, seed, recipe.batch_size, recipe.precision)
     except ValueError as e:
@@ -215,6 +216,7 @@ def _check(task, network, recipe, seed, fit):
     with seeded(seed, "peek"):
         batch = next(iter(task.data.batches(seed, 0, recipe.batch_size)))
     declare_head(network, lambda: task(network, batch))
+    before.restore(network)  # counters and the like, which no state_dict has
 
 
 def _misfit(fit):

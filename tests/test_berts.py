@@ -81,7 +81,7 @@ def tiny(head="classes", seed=0, **config):
 def test_imp(head, tmp_path):
     "Two rounds: only the matrices die, everything rewinds, the file tells it all, and the ticket fits"
     task, network = toy(head), tiny(head)
-    start = {k: t.clone() for k, t in network.state_dict().items()}
+    start = {k: t.detach().clone() for k, t in state(network).items()}  # a tied tensor once
     rounds = list(
         imp(
             task,
@@ -183,9 +183,11 @@ def test_put_aside_and_taken_up(head):
     refine(toy(head), first, r, after_epoch=keep)
     second = tiny(head, seed=9)
     opt = optimizer(second, r)
-    step, state = saved["at"]
-    unpack(state, second, opt)
-    refine(toy(head), second, r, start=step, opt=opt)
+    step, put_aside = saved["at"]
+    unpack(put_aside, second, opt)
+    task = toy(head)
+    steps = task.data.steps(r.batch_size)
+    refine(task, second, r, start=step, opt=opt, rate=lambda step: r.rate(step, steps))
     assert digest(first.state_dict()) == digest(second.state_dict())
 
 

@@ -29,7 +29,7 @@ def test_what_it_names_is_there():
         for p in (ROOT / "rg_tickets").rglob("*.py")
         if p.name != "_modidx.py"
     )
-    for name in "EMBEDDED TASKS Source Pictures MODELS head_names PRESETS Preset GROUPINGS CONTROLS Control coarse_grain Schedule declared Spec grid trajectories write_csv from_loaders lookup replacing generator seeded".split():
+    for name in "EMBEDDED TASKS Source Pictures MODELS head_names PRESETS Preset GROUPINGS SCORES CONTROLS Control Schedule declared Spec grid trajectories write_csv from_loaders lookup replacing generator seeded".split():
         assert name in TEXT and re.search(rf"\b{name}\b", code), name
 
 

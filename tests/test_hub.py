@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import HfApi
 from rg_tickets.hub import HubError, card, from_pretrained, push_to_hub, write
 from rg_tickets.masks import MaskHistory
-from rg_tickets.tickets import Ticket, TicketError, digest
+from rg_tickets.tickets import Ticket, TicketError, apply, digest
 
 
 def ticket(**about):
@@ -203,3 +203,100 @@ def test_the_real_client_told_to_stay_offline(tmp_path):
         text=True,
     )
     assert "HF_HUB_OFFLINE" in done.stdout, done.stderr
+
+
+class Tied(torch.nn.Module):
+    "An embedding that is also the decoder, and a layer that is used twice"
+
+    head_names = ("score",)
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(9, 6)
+        self.body = torch.nn.Linear(6, 6)
+        self.again = self.body
+        self.decoder = torch.nn.Linear(6, 9, bias=False)
+        self.decoder.weight = self.embed.weight
+        self.score = torch.nn.Linear(6, 2)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda o: o, torch.compile, torch.nn.DataParallel],
+    ids=["plain", "compiled", "parallel"],
+)
+def test_a_tied_network_there_and_back(wrap, tmp_path):
+    "What is pruned is zero under every name, and the card says which names are one tensor"
+    net = Tied()
+    kept = {
+        "embed.weight": net.embed.weight.abs() > 0.7,
+        "body.weight": net.body.weight.abs() > 0.2,
+    }
+    died = {k: torch.where(m, 255, 1).to(torch.uint8) for k, m in kept.items()}
+    made = Ticket.of(
+        wrap(net), MaskHistory(died, 1), about=dict(task="words", model="a tied network")
+    )
+    push_to_hub(made, tmp_path / "a")
+    back = from_pretrained(tmp_path / "a")
+    assert digest(back.weights) == digest(made.weights) and back.about == made.about
+    fresh = wrap(Tied())
+    inner = getattr(fresh, "_orig_mod", getattr(fresh, "module", fresh))
+    apply(back, fresh)
+    assert torch.equal(inner.decoder.weight != 0, kept["embed.weight"])
+    assert torch.equal(inner.again.weight != 0, kept["body.weight"]) and inner.again is inner.body
+    assert inner.decoder.weight is inner.embed.weight
+    page = (tmp_path / "a/README.md").read_text()
+    assert "| head, left dense | `score` |" in page and "decoder.weight is embed.weight" in page
+
+
+ODD = [
+    None,
+    3,
+    "x",
+    [],
+    {},
+    [None],
+    {"a": None},
+    {"a": {"b": 1}},
+    [["x"]],
+    "|`<b>`\n---\n",
+    float("nan"),
+    True,
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=map(repr, ODD))
+def test_odd_facts_have_a_card(odd):
+    "A ticket that was put together by hand may say anything of itself"
+    for field in (
+        "head",
+        "tied",
+        "task",
+        "seed",
+        "prune",
+        "recipe",
+        "versions",
+        "archive",
+        "model",
+    ):
+        page = card(ticket(**{field: odd}))
+        front = yaml.safe_load(page.split("\n---\n")[0])
+        assert front["library_name"] == "rg_tickets" and "## Load" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"l1": "x"},
+        {"l1": None},
+        {"l1": -1.0},
+        {"count": [1]},
+        {"alive": float("inf")},
+        {"tensor": None},
+    ],
+)
+def test_odd_measurements_have_a_card(odd):
+    t = ticket()
+    rounds = [dict(r, tensors=[o | odd for o in r["tensors"]]) for r in t.rounds]
+    assert "## Load" in card(replace(t, rounds=rounds))
+    assert "## Load" in card(replace(t, rounds=t.rounds + t.rounds))  # every round twice

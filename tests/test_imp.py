@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from rg_tickets.basics import generator, seeded
-from rg_tickets.imp import CONTROLS, Control, check_arguments, imp, score_weights
+from rg_tickets.imp import Control, check_arguments, imp, score_weights
 from rg_tickets.masks import RoundSchedule, Schedule
 from rg_tickets.models.names import state
 from rg_tickets.models.prunable import describe, prunable
@@ -197,6 +197,7 @@ BAD_SCORES = {
     "a number": (lambda n, t, p: {k: 1.0 for k in p}, "gave a float for '0.weight'"),
     "an array": (lambda n, t, p: {k: w.detach().numpy() for k, w in p.items()}, "gave a ndarray"),
     "complex": (lambda n, t, p: {k: w + 1j for k, w in p.items()}, "type torch.complex64"),
+    "sparse": (lambda n, t, p: {k: w.to_sparse() for k, w in p.items()}, "a sparse tensor"),
     "bool": (lambda n, t, p: {k: w > 0 for k, w in p.items()}, "type torch.bool"),
     "NaN": (lambda n, t, p: {k: w / 0 - w / 0 for k, w in p.items()}, "128 of the 128 weights"),
 }
@@ -435,18 +436,18 @@ def test_facts_that_a_ticket_cannot_hold_are_refused_before_training(tmp_path):
 # What is pruned is zero
 
 
-class Rewrites(nn.Linear):
-    "Weights that are computed anew in each forward pass, in training or in test"
+class Rewrites(nn.Module):
+    "Weights that are changed in each forward pass, in training or in test"
 
     def __init__(self, *args, when=True):
-        super().__init__(*args)
-        self.when = when
+        super().__init__()
+        self.linear, self.when = nn.Linear(*args), when
 
     def forward(self, x):
         if self.training == self.when:
             with torch.no_grad():
-                self.weight += 1e-3
-        return super().forward(x)
+                self.linear.weight += 1e-3
+        return self.linear(x)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +455,7 @@ class Rewrites(nn.Linear):
 )
 def test_a_network_that_undoes_its_mask_is_stopped(when, said, tmp_path):
     net = nn.Sequential(Rewrites(8, 16, when=when), nn.ReLU(), nn.Linear(16, 3))
-    with pytest.raises(NotZero, match=f"pruned weights of '0.weight' are not zero {said}"):
+    with pytest.raises(NotZero, match=f"pruned weights of '0.linear.weight' are not zero {said}"):
         run(net, folder=tmp_path)
     assert len(load(tmp_path).rounds) == 1  # the dense round is sound
 
@@ -539,6 +540,17 @@ def test_frozen_norms_and_what_rests_stay_as_they_are():
     assert [m.training for m in net.modules()] == [
         b and m is not net[0][1] for b, m in zip(before, net.modules())
     ]
+
+
+def test_single_samples_are_enough_where_norms_are_frozen():
+    "Batch norm in training mode wants two samples, in the trial as in the training"
+    single = replace(RECIPE, batch_size=1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        run(normed(), recipe=single)
+    for rest in (lambda norm: norm.requires_grad_(False), lambda norm: norm.eval()):
+        net = normed()
+        rest(net[1])
+        assert len(run(net, recipe=single, rounds=1)) == 2 and not net[1].running_mean.any()
 
 
 def test_a_network_in_test_mode_is_trained():
@@ -735,6 +747,17 @@ def assert_old(folder, **how):
     tensors, header = load_tensors(folder / "state.safetensors", "state")
     header = {k: v for k, v in header.items() if k != "numbers"} | dict(run=mark)
     save_tensors(folder / "state.safetensors", tensors, header, "state")
+
+
+def test_a_folder_in_which_other_tensors_are_pruned_is_not_taken_up(tmp_path):
+    "As one of a version that took no recurrent weights"
+    run(folder=tmp_path, rounds=1)
+    ticket = load(tmp_path)
+    ticket.about = {k: v for k, v in ticket.about.items() if k not in NEW}
+    ticket.history.died["2.weight"] = torch.full((3, 16), 255, dtype=torch.uint8)
+    ticket.save(tmp_path / "ticket.safetensors")
+    with pytest.raises(TicketError, match=r"what is pruned \(2.weight there and not here\)"):
+        run(folder=tmp_path, rounds=1)
 
 
 def test_another_python_compiles_other_code(tmp_path):
@@ -937,6 +960,21 @@ def test_a_kept_network_survives_a_kill_between_two_files(tmp_path):
     assert repr(run(normed(), folder=tmp_path / "cut", **how)) == repr(whole)
     a, b = (load_trained(tmp_path / o / "trained.safetensors") for o in ("whole", "cut"))
     assert a.about["round"] == b.about["round"] and digest(a.weights) == digest(b.weights)
+
+
+def test_replicas_keep_their_networks(tmp_path):
+    nets = [normed(s) for s in (0, 1)]
+    folders = [tmp_path / str(s) for s in (0, 1)]
+    how = dict(rounds=3, prune=0.3, recipe=replace(RECIPE, lr=0.3), device="cpu", keep="best")
+    for where in (None, folders):
+        nets = [normed(s) for s in (0, 1)]
+        rounds = list(imp_many(toy(), nets, [0, 1], folders=where, how="apart", **how))
+        for k, net in enumerate(nets):
+            own = [r[k] for r in rounds]
+            best = max(own[1:], key=lambda r: (r.metrics["accuracy"], r.n))
+            assert evaluate(toy(), net) == best.metrics
+    kept = load_trained(folders[1] / "trained.safetensors")
+    assert kept.about["round"] == best.n and digest(kept.weights) == digest(state(nets[1]))
 
 
 def test_what_was_not_kept_is_said(tmp_path):

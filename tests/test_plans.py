@@ -47,7 +47,7 @@ def test_two_stages(two):
         '(folder / "verdict.txt").write_text("nothing")',
     )()
     assert len(work.runs) == 4 and len(work.crossings) == 2 * 2 * (1 + 2 * 4) and not work.remarks
-    rows = pd.DataFrame([plans._row(o, {}, "data") for o in [*work.runs, *work.crossings]])
+    rows = pd.DataFrame([plans._row(o, {}, {}) for o in [*work.runs, *work.crossings]])
     assert set(rows.per_epoch) == {10} and set(rows[rows.kind == "run"].steps) == {4 + 4 * 16}
     assert rows.groupby("kind").steps.first().to_dict() == dict(
         dense=0, layerwise=16, own=0, run=68, transferred=16, uniform=16
@@ -82,7 +82,7 @@ def test_runs_that_depend_on_results(two):
 def test_a_mistake_is_told_as_when_it_is_run(two):
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
         two("trajectories(specs, folder)")(scale="smok")
-    with pytest.raises(NameError):
+    with pytest.raises(plans.CannotPlan, match="name 'spex' is not defined"):
         two("trajectories(spex, folder)")()
     with pytest.raises(ValueError, match="prunes 3 times"):
         two("trajectories(specs, folder)", "transfers(crossings(specs, n=[4]), folder)")()

@@ -3,6 +3,8 @@
 import contextlib, hashlib, io, types
 import pytest, torch, torchvision
 from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from rg_tickets.models.pretrained import PretrainedError, load_pretrained, read_weights
 from rg_tickets.models.resnets import resnet
 
@@ -146,3 +148,155 @@ def test_safetensors_of_another_program(tmp_path):
     fresh = resnet("cifar_resnet8", width=4)
     load_pretrained(fresh, str(tmp_path / "x.safetensors"), head=True)
     assert same(fresh.state_dict(), net.state_dict())
+
+
+# Tied tensors, wrappers, containers
+
+
+def small_bert(seed=0, tie=True):
+    "A small BERT for masked language modelling"
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    return BertForMaskedLM(
+        BertConfig(
+            **sizes, intermediate_size=24, max_position_embeddings=20, tie_word_embeddings=tie
+        )
+    )
+
+
+def small_gpt2(seed=0):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=2, n_head=2)
+    )
+
+
+wrappers = pytest.mark.parametrize(
+    "wrap",
+    [lambda o: o, torch.compile, nn.DataParallel, AveragedModel],
+    ids=["plain", "compiled", "parallel", "averaged"],
+)
+
+
+@wrappers
+@pytest.mark.parametrize("make", [small_bert, small_gpt2], ids=["bert", "gpt2"])
+@pytest.mark.parametrize("form", ["torch", "safetensors", "memory"])
+def test_tied_language_models(make, wrap, form, tmp_path):
+    "Embedding and decoder come as one, from files that name one of them or both"
+    there, here = make(1), make(2)
+    state = wrap(there).state_dict()
+    if form == "torch":
+        torch.save({"net": state}, tmp_path / "a.pt")
+    if form == "safetensors":
+        first = {}
+        for k, t in state.items():
+            first.setdefault((t.data_ptr(), t.shape), k)
+        save_file({k: state[k].clone() for k in first.values()}, tmp_path / "a.safetensors")
+    source = dict(torch=tmp_path / "a.pt", safetensors=tmp_path / "a.safetensors", memory=state)[
+        form
+    ]
+    tie = here.get_output_embeddings().weight is here.get_input_embeddings().weight
+    receipt = load_pretrained(wrap(here) if form == "memory" else here, source, head=True)
+    if form == "memory" and wrap is AveragedModel:
+        return  # AveragedModel holds a copy
+    assert tie and here.get_output_embeddings().weight is here.get_input_embeddings().weight
+    assert same(there.state_dict(), here.state_dict())
+    assert len(receipt.taken) + len(receipt.kept) < len(here.state_dict())
+
+
+def test_an_embedding_is_no_head_because_it_is_tied_to_one():
+    "Without the head, the embedding of a tied model comes from the file"
+    there, here = small_bert(1), small_bert(2)
+    receipt = load_pretrained(here, there.state_dict())
+    assert torch.equal(
+        here.bert.embeddings.word_embeddings.weight, there.bert.embeddings.word_embeddings.weight
+    )
+    assert "bert.embeddings.word_embeddings.weight" in receipt.taken
+    assert any(k.startswith("cls.") for k in receipt.kept)
+
+
+def test_a_file_of_an_untied_model_is_refused_by_a_tied_one():
+    apart = small_bert(1, tie=False)
+    with torch.no_grad():
+        apart.cls.predictions.decoder.weight.add_(1)
+    here = small_bert(2)
+    start = {k: t.clone() for k, t in here.state_dict().items()}
+    with pytest.raises(PretrainedError, match="the network has one tensor for both"):
+        load_pretrained(here, apart.state_dict(), head=True)
+    assert same(start, here.state_dict())
+
+
+def test_a_backbone_and_a_model_with_a_head_find_each_other(tmp_path):
+    "BertModel's file has no `bert.`, and a file of BertForMaskedLM has it"
+    there, here = small_bert(1), small_bert(2)
+    receipt = load_pretrained(here, there.bert.state_dict())
+    assert receipt.kind == "weights of its 'bert'"
+    assert same(there.bert.encoder.state_dict(), here.bert.encoder.state_dict())
+    bare = small_bert(3).bert
+    load_pretrained(bare, there.state_dict(), head=True)
+    assert same(there.bert.encoder.state_dict(), bare.encoder.state_dict())
+
+
+def test_a_network_whose_part_is_called_module(tmp_path):
+    "`module.` is taken off where a wrapper put it, and kept where it is a name"
+    own = lambda: nn.ModuleDict(dict(module=nn.Linear(3, 3), out=nn.Linear(3, 2)))
+    a, b = own(), own()
+    for state in (a.state_dict(), nn.DataParallel(a).state_dict()):
+        torch.save(state, tmp_path / "a.pt")
+        load_pretrained(b, tmp_path / "a.pt", head=True)
+        assert same(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "net",
+        "state_dict",
+        "model",
+        "module",
+        "network",
+        "ema",
+        "model_state",
+        "weights",
+        "odd_name",
+    ],
+)
+def test_containers(key, tmp_path):
+    net = resnet("cifar_resnet8", width=4, seed=1)
+    torch.save(
+        {"epoch": 7, key: net.state_dict(), "optimizer": {"state": {}, "param_groups": []}},
+        tmp_path / "a.pt",
+    )
+    assert same(read_weights(tmp_path / "a.pt"), net.state_dict())
+
+
+def test_numbers_of_numpy_are_plain_data(tmp_path):
+    "Scores and epochs as NumPy writes them do not make a file more than data"
+    import argparse
+    import numpy as np
+
+    net = resnet("cifar_resnet8", width=4, seed=1)
+    beside = dict(
+        ep=np.int64(3), acc=np.float64(0.9), args=argparse.Namespace(lr=0.1), rng=np.arange(5)
+    )
+    torch.save(dict(state_dict=net.state_dict(), **beside), tmp_path / "a.pt")
+    assert same(read_weights(tmp_path / "a.pt"), net.state_dict())
+
+
+def test_strange_tensors_are_named_only_if_they_are_wanted(tmp_path):
+    net = resnet("cifar_resnet8", width=4, seed=1)
+    state = net.state_dict() | {
+        "freqs": torch.ones(2, dtype=torch.complex64),
+        "cache": torch.ones(2).to_sparse(),
+    }
+    torch.save(state, tmp_path / "a.pt")
+    assert same(
+        {k: t for k, t in read_weights(tmp_path / "a.pt").items() if k != "freqs"}, net.state_dict()
+    )
+    torch.save(net.state_dict() | {"bn1.weight": torch.ones(4).to_sparse()}, tmp_path / "b.pt")
+    with pytest.raises(PretrainedError, match="bn1.weight: it is sparse"):
+        load_pretrained(resnet("cifar_resnet8", width=4), tmp_path / "b.pt")

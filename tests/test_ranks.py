@@ -6,10 +6,11 @@ import pytest
 import torch
 from rg_tickets.basics import seeded
 from rg_tickets.imp import imp
+from rg_tickets.models.names import state
 from rg_tickets.models.resnets import resnet
 from rg_tickets.ranks import RanksDiffer, world
 from rg_tickets.tasks.core import Resident, Task
-from rg_tickets.tickets import Ticket, digest
+from rg_tickets.tickets import Ticket, digest, load_trained
 from rg_tickets.train import Recipe, refine
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +178,110 @@ def dropout(folder):
     ]
 
 
+class Rows:
+    "Data as dictionaries: 48 rows of tokens, of which some have no label"
+
+    def __init__(self):
+        with seeded(0, "rows"):
+            ids = torch.randint(9, (48, 6))
+        self.rows = dict(ids=ids, mask=(ids > 0).double(), labels=torch.where(ids > 2, ids, -100))
+
+    def to(self, device):
+        return self
+
+    def steps(self, batch_size):
+        return len(self.rows["ids"]) // batch_size
+
+    def batches(self, seed, epoch, batch_size):
+        for i in torch.arange(48).split(batch_size):
+            yield {k: t[i] for k, t in self.rows.items()}
+
+    def test(self, batch_size=None):
+        yield self.rows
+
+
+class Words(torch.nn.Module):
+    "Words guessed by a network with a tied matrix, a frozen norm, and two outputs"
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm = torch.nn.Embedding(9, 8), torch.nn.BatchNorm1d(8)
+        self.body, self.out = torch.nn.Linear(8, 8), torch.nn.Linear(8, 9, bias=False)
+        self.out.weight = self.words.weight
+        self.norm.requires_grad_(False)
+        self.head_names = ("out",)
+
+    def forward(self, ids, mask):
+        h = self.words(ids) * mask[..., None]
+        h = torch.relu(self.body(self.norm(h.flatten(0, 1)).view(h.shape)))
+        return dict(word=self.out(h), size=h.sum((1, 2)))
+
+
+def guess(output, target):
+    fill = torch.nn.functional.cross_entropy(
+        output["word"].transpose(1, 2), target, ignore_index=-100
+    )
+    return fill + 0.01 * output["size"].square().mean()
+
+
+def by_gradient(network, task, params):
+    task(network, next(task.data.batches(0, 0, 48))).backward()
+    return {k: p * p.grad for k, p in params.items()}
+
+
+def words_task():
+    return Task("words", Rows(), guess, metrics={"minus_loss": lambda o, t: -float(guess(o, t))})
+
+
+def words_net():
+    with seeded(0, "words"):
+        return Words().double()
+
+
+def words(folder):
+    "Dictionaries, labels that do not count, a tied and a frozen part, a criterion of one's own"
+    net, rounds = run(
+        Recipe(epochs=2, batch_size=15, lr=0.5),
+        words_net(),
+        words_task(),
+        preset="all",
+        score=by_gradient,
+        keep="last",
+        folder=folder / "words",
+    )
+    ticket = Ticket.load(folder / "words/ticket.safetensors")
+    died = {f"died/{k}": d for k, d in ticket.history.died.items()}
+    kept = load_trained(folder / "words/trained.safetensors").weights
+    assert digest(kept) == digest(state(net)) and not net.norm.num_batches_tracked
+    return state(net) | died, [r.metrics["loss"] for r in rounds]
+
+
+class OwnLoss(Words):
+    def forward(self, ids, mask, labels):
+        output = super().forward(ids, mask)
+        return dict(loss=guess(output, labels), logits=output["word"])
+
+
+def inside(folder):
+    "Where ranks cannot give the loss of one process, they are refused"
+    said = []
+    data, net = Rows(), OwnLoss().double()
+    for f in (
+        lambda: run(RECIPES["sgd"], net, Task("own", data, loss="model", metrics={"x": len})),
+        lambda: run_spread(
+            torch.nn.parallel.DistributedDataParallel(words_net()), words_task(), RECIPES["sgd"]
+        ),
+    ):
+        try:
+            f()
+        except ValueError as e:
+            said.append(str(e))
+    return {}, said
+
+
 CASES = {
+    "words": words,
+    "inside": inside,
     "sgd": lambda f: trained("sgd", f),
     "adamw": lambda f: trained("adamw", f),
     "contrastive": contrastive,
@@ -245,7 +349,7 @@ def alone(name, folder):
     return CASES[name](folder / name)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "contrastive"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "contrastive", "words"])
 def test_two_ranks_are_one_process(home, tmp_path, name):
     (a, losses), (b, others) = told(home, name)
     one, mine = alone(name, tmp_path)
@@ -300,6 +404,12 @@ def test_errors_are_everybodys(home):
         and "rank 0 could not go on, so rank 1 stops as well" in one[0]
     )
     assert all("one row per sample" in said[1] for said in (zero, one))
+
+
+def test_what_ranks_cannot_share_is_refused(home):
+    for _, (own, wrapped) in told(home, "inside"):
+        assert "on 2 ranks each would see a part of the batch: let the task compute it" in own
+        assert "inside a DistributedDataParallel" in wrapped and "network.module" in wrapped
 
 
 def test_dropout(home):

@@ -1,6 +1,7 @@
 "Replicas of larger networks, of other widths and numbers, beside companions that overflow, and on a GPU"
 
 import copy
+from dataclasses import replace
 import pytest
 import torch
 from rg_tickets.imp import imp
@@ -140,6 +141,60 @@ def test_bf16(task):
         trained(task, cifar(4), [0, 1], "apart", recipe),
     ):
         assert distance(a, b) < 0.05
+
+
+def test_frozen_norms_and_what_rests_stay_as_they_are(task):
+    "One norm is frozen, one rests; joined and apart they are the same, and their statistics stay"
+    task, ends = copy.deepcopy(task), []
+    task.data.x = task.data.x.double()
+    for how in ("joined", "apart"):
+        nets = [cifar(4)(s).double() for s in range(2)]
+        for net in nets:
+            net.bn1.requires_grad_(False)
+            net.layer1[0].bn1.eval()
+        refine_many(task, nets, [0, 1], Recipe(epochs=1, batch_size=16), how=how)
+        ends.append(nets)
+    for a, b in zip(*ends):
+        assert distance(a, b) < 1e-9
+        for net in (a, b):
+            assert not net.bn1.num_batches_tracked and not net.layer1[0].bn1.num_batches_tracked
+            assert net.layer1[0].bn2.num_batches_tracked == 4
+
+
+class Counting(torch.nn.Module):
+    "Counts its passes"
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.steps = net, 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda task, nets: (dict(loss="model"), nets), "a loss of the network's own"),
+        (lambda task, nets: (dict(split=lambda b: (b[:1], {}, b[1])), nets), "a split or a loss"),
+        (
+            lambda task, nets: ({}, [torch.compile(net, backend="eager") for net in nets]),
+            "networks that are compiled or wrapped",
+        ),
+        (lambda task, nets: ({}, [nets[0], nets[1].eval()]), "frozen layers or modes"),
+        (
+            lambda task, nets: ({}, [Counting(net) for net in nets]),
+            "counts in a plain attribute (steps)",
+        ),
+    ],
+)
+def test_what_cannot_be_joined_is_trained_apart(task, change, message):
+    kwargs, nets = change(task, [cifar(4)(s) for s in range(2)])
+    how, why = way(replace(task, **kwargs), nets)
+    assert how == "apart" and message in why
+    with pytest.raises(ValueError, match="these networks cannot be joined"):
+        way(replace(task, **kwargs), nets, how="joined")
 
 
 def test_networks_are_free_after_an_error(task):

@@ -10,6 +10,7 @@ from rg_tickets.basics import generator
 from rg_tickets.cli import app
 from rg_tickets.hub import push_to_hub
 from rg_tickets.masks import MaskHistory, Schedule, prune
+from rg_tickets.reports import gaps_at
 from rg_tickets.runs import Spec, execute
 from rg_tickets.tickets import Ticket
 
@@ -344,3 +345,70 @@ def test_places_that_cannot_be_written(study, tmp_path):
     ) and "did you mean 'untrained'?" in refused(
         "compare", with_null(tmp_path), "--against", "untraind"
     )
+
+
+def test_runs_without_accuracies(tmp_path):
+    "Pairs of weights and masks know no accuracy: their tables are read back, and what needs one says so"
+    for seed in range(2):
+        write_pairs(tmp_path / f"r{seed}", seed)
+        say("flow", tmp_path / f"r{seed}", "--task", "ab"[seed], "-o", tmp_path / f"{seed}.csv")
+    tables = [tmp_path / "0.csv", tmp_path / "1.csv"]
+    assert "rounds 0 to 3" in say("flow", tables[0]) and "systems" in say("compare", *tables)
+    pd.concat([pd.read_csv(p).assign(seed=s) for p in tables for s in (0, 1)]).to_csv(
+        tmp_path / "all.csv", index=False
+    )
+    for words in (
+        ["compare", tmp_path / "all.csv", "--window", "shared"],
+        ["flow", tmp_path / "all.csv", "--window", "matching"],
+    ):
+        assert "those of the dense network are not known" in refused(*words)
+    begun = pd.read_csv(tmp_path / "all.csv").query("n > 0").assign(metric=0.9)
+    begun.to_csv(tmp_path / "begun.csv", index=False)
+    for verb in (["compare", "--window", "shared"], ["flow", "--window", "matching"]):
+        assert "the first round here is 1" in refused(*verb, tmp_path / "begun.csv")
+
+
+def test_what_an_archive_has_to_say_is_printed(tmp_path):
+    at = write_pairs(tmp_path / "theirs")
+    names = {p: p.name.replace(p.stem[-1], str(9 - int(p.stem[-1]))) for p in at.iterdir()}
+    for p, name in names.items():
+        p.rename(at / f"new_{name}")
+    for p in at.iterdir():
+        p.rename(at / p.name.removeprefix("new_"))
+    for verb in ("flow", "audit"):
+        assert "Note: rounds are in the order of their densities, not of their names" in say(
+            verb, at
+        )
+    other = write_pairs(tmp_path / "other", seed=1)
+    for n, p in enumerate(sorted(other.glob("mask_*"))):
+        masks = torch.load(p)
+        dense = {"layer9.weight": torch.ones(3, 3, dtype=torch.bool)}
+        torch.save(masks | dense, p)
+        weights = torch.load(other / f"weights_{n}.pt")
+        torch.save(weights | {"layer9.weight": torch.rand(3, 3) / 100}, other / f"weights_{n}.pt")
+    assert "Left dense in all rounds, and not ranked: layer9.weight." in say("audit", other)
+
+
+def test_seeds_in_one_folder_are_refused_in_one_line(tmp_path):
+    for seed in range(2):
+        write_pairs(tmp_path / f"runs/{seed}", seed)
+    for verb in ("flow", "audit", "compare"):
+        assert "holds several runs, 0, 1" in refused(verb, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "no table of transfers"),
+        ("source,target,gap\n", "a heading and no rows"),
+        ("source,target,gap,transferable\na,b,far,True\n", "line 2: gap is 'far'"),
+        ("source,target,gap\na,b,0.1\n", "no column transferable"),
+        ("source,target,metric\na,b,0.9\n", "no column model, kind, weights"),
+        ("target,gap\nb,0.1\n", "needs the columns source, target"),
+    ],
+)
+def test_odd_tables_of_transfers(text, says, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=says) as e:
+        gaps_at(tmp_path / "t.csv")
+    assert "t.csv" in str(e.value)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from ..basics import generator, lookup, seeded, stream
+from ..models.heads import train_mode
 from rg_tickets.tasks.forms import (
     batch_tensors,
     copy_batch,
@@ -640,7 +641,7 @@ def _repeatable(read, name, what):
 def _check_loss(task, network, batch, precision):
     "The training loss of one batch must be one finite number with a gradient"
     device = _device(network).type
-    network.train()
+    train_mode(network)
     with (
         _explained(task, "the loss of one training batch", batch),
         torch.enable_grad(),

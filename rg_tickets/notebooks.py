@@ -407,6 +407,7 @@ def _execute(name, source, part, given, out):
                     str(part),
                     given,
                     kernel_name="python3",
+                    language="python",
                     progress_bar=False,
                     kernel_manager_class=manager,
                     extra_arguments=["--IPKernelApp.log_level=50"],

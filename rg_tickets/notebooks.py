@@ -146,10 +146,12 @@ def checked(
 # %% ../nbs/40a_notebooks.ipynb #5fd01521
 def _value(text, kind):
     "The value that a text stands for, for a parameter of a kind"
-    if text.lower() == "none":
+    if text == "None":
         return None
     if kind == "str":
         return text
+    if text == "none":
+        return None
     if kind == "list":
         inside = text.strip("[] ")
         return [_value(o.strip(" '\""), "") for o in inside.split(",")] if inside else []
@@ -405,6 +407,7 @@ def _execute(name, source, part, given, out):
                     str(part),
                     given,
                     kernel_name="python3",
+                    language="python",
                     progress_bar=False,
                     kernel_manager_class=manager,
                     extra_arguments=["--IPKernelApp.log_level=50"],

@@ -266,6 +266,29 @@ def _usable(maps, source, target):
     return list(out.values())
 
 
+def _alone(b, densities, kinds):
+    "The records of a run that need no other run"
+    plain = [k for k in kinds if not WAYS[k].stretched and k != "dense"]
+    out = [Stretching(b, b, "", d, k) for d in densities for k in plain]
+    return out + ([Stretching(b, b, "", None, "dense")] if "dense" in kinds else [])
+
+
+def _between(a, b, densities, maps, kinds, seeds):
+    "The records of a ticket on its way to another depth"
+    fit, out = _usable(maps, a.model, b.model), []
+    if not fit:
+        raise ValueError(
+            f"none of the maps {', '.join(maps)} goes from {a.model} to {b.model}: "
+            "name one that does, or leave the pair out"
+        )
+    for d in densities:
+        if "stretched" in kinds:
+            own = [(m, seeds if m == "guided" else ()) for m in fit]
+            out += [Stretching(a, b, m, d, "stretched", seeds=s) for m, s in own]
+        out += [Stretching(a, b, fit[0], d, k) for k in ("reinit", "layerwise") if k in kinds]
+    return out
+
+
 def stretchings(
     specs: list,  # of Spec, depths, tasks and seeds
     densities: list,  # of survivors, each for all
@@ -279,38 +302,17 @@ def stretchings(
     for m in maps:
         if m not in ("guided", *STRATEGIES) and ":" not in m:
             lookup(m, STRATEGIES | {"guided": None}, "strategy")
-    out, facts = [], lambda s: asdict(s) | dict(seed=None)
+    out, of_run, seeds_of = [], {}, {}
+    for s in specs:
+        of_run.setdefault((s.task, s.seed), []).append(s)
+        seeds_of.setdefault(code(s.differences | dict(seed=0)), set()).add(s.seed)
     for b in specs:
-        for d in densities:
-            out += [
-                Stretching(b, b, "", d, k) for k in kinds if not WAYS[k].stretched and k != "dense"
-            ]
-        if "dense" in kinds:
-            out.append(Stretching(b, b, "", None, "dense"))
-        for a in (
-            a
-            for a in specs
-            if (a.task, a.seed) == (b.task, b.seed)
-            and ((a.model, b.model) in pairs if pairs is not None else a.model != b.model)
-        ):
-            seeds, fit = (
-                tuple(sorted(s.seed for s in specs if facts(s) == facts(a))),
-                _usable(maps, a.model, b.model),
-            )
-            if not fit:
-                raise ValueError(
-                    f"none of the maps {', '.join(maps)} goes from {a.model} to {b.model}: name one that does, or leave the pair out"
-                )
-            for d in densities:
-                out += [
-                    Stretching(a, b, m, d, "stretched", seeds=seeds if m == "guided" else ())
-                    for m in fit
-                    if "stretched" in kinds
-                ]
-                out += [
-                    Stretching(a, b, fit[0], d, k) for k in ("reinit", "layerwise") if k in kinds
-                ]
-            check_count(len(out), "records")
+        out += _alone(b, densities, kinds)
+        for a in of_run[b.task, b.seed]:
+            if (a.model, b.model) in pairs if pairs is not None else a.model != b.model:
+                seeds = tuple(sorted(seeds_of[code(a.differences | dict(seed=0))]))
+                out += _between(a, b, densities, maps, kinds, seeds)
+        check_count(len(out), "records")
     return list({s.id: s for s in out}.values())
 
 # %% ../nbs/40d_stretching.ipynb #91f65b5a
@@ -365,11 +367,12 @@ def stretched(
     check_count(len(todo), "records")
     todo = list({s.id: s for s in todo}.values())
     plain = [getattr(s, "stretching", s) for s in todo]
-    check_stretchings(todo)
     found = [replace(s.source, seed=i) for s in plain for i in s.seeds or (s.source.seed,)] + [
         s.target for s in plain
     ]  # the runs that find tickets
-    complete([*waves(found), todo], folder, jobs, **kwargs)
+    first = waves(found)
+    check_stretchings(todo)
+    complete([*first, todo], folder, jobs, **kwargs)
     paths = [
         Path(folder) / s.id / ("line.csv" if hasattr(s, "stretching") else "stretched.csv")
         for s in todo

@@ -12,7 +12,6 @@ from test_batches import command
 EXPERIMENTS = notebooks.experiments()
 SCRIPT = Path(sys.executable).with_name("rg-tickets")
 slow = pytest.mark.slow
-pytestmark = slow  # every set of parameters, for every experiment: minutes
 
 # What no experiment can do: (parameters, what is said)
 ALL = [
@@ -25,7 +24,7 @@ ALL = [
     ("seeds=true", "should be int, not bool"),
     ("seeds=", "seeds= has no value"),
     ("rounds=1", "too few for a slope"),
-    ("rounds=255 prune=0.001", "rounds=255: a history holds at most 254"),
+    ("rounds=255 prune=0.01", "rounds=255: a history holds at most 254"),
     ("rounds=1000000000 prune=0.001", "a history holds at most 254"),
     ("prune=1.5", "prune rate 1.5 is not in (0, 1)"),
     ("prune=0", "prune rate 0 is not in (0, 1)"),
@@ -150,7 +149,7 @@ BAD = {
         *PICTURES,
         *TASKS,
         *REWIND,
-        ("depths=14,15", "unknown model"),
+        ("depths=14,15 every=[] bridges=[]", "unknown residual network"),
         ("maps=interpolat", "did you mean 'interpolate'?"),
         ("maps=drop-tail", "none of the maps"),
         ("densities=1.5", "is no share of weights"),
@@ -183,7 +182,6 @@ def in_the_notebook(name, words):
     return str(e.value)
 
 
-@slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_dry_run_refuses_what_a_run_refuses(name, capsys, monkeypatch, tmp_path):
     "Both, and the notebook itself, say the same, before anything is trained"
@@ -221,7 +219,7 @@ def test_a_folder_that_cannot_be_written(name, folder, capsys, monkeypatch, tmp_
     (tmp_path / "file").write_text("in the way")
     run = said(["run", name, "-f", folder], capsys, monkeypatch)
     dry = said(["run", name, "-f", folder, "--dry-run"], capsys, monkeypatch)
-    assert run == dry and run[0] == 1 and f"cannot write to {folder}" in run[1]
+    assert run == dry and run[0] in (1, 2) and f"cannot write to {folder}" in run[1]
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -336,8 +334,8 @@ def test_a_plan_takes_seconds(name, scale, tell):
     ],
 )
 def test_a_plan_is_bounded(words, says):
-    said = seconds(*words.split())[2]
-    assert says in said
+    took, _, said = seconds(*words.split())
+    assert says in said and took < 20
 
 
 @posix

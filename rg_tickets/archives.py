@@ -461,10 +461,10 @@ def _number(text, path, line):
 
 def _hparams(path):
     "What hparams.log of a level says: name -> text, the first where a name comes twice"
-    text = read_text(path, ArchiveError) if path.is_file() else ""
     said = {}
-    for name, value in re.findall(r"^\s*\*\s*(\w+) => (.*?)\s*$", text, re.M):
-        said.setdefault(name, value)
+    for line in read_text(path, ArchiveError).splitlines() if path.is_file() else ():
+        if match := re.match(r"\s*\*\s*(\w+) => (.*)", line[:1000]):
+            said.setdefault(match[1], match[2].strip())
     return said
 
 

@@ -18,7 +18,7 @@ def as_int(
     name: str,  # what to call it in the message, e.g. "seed"
     least: int | None = None,  # smallest value that is allowed
 ) -> int:
-    "A whole number as an int; a fraction, text, True or False, or less than `least` is a ValueError"
+    "A whole number as an int; fractions, text, True, False, less than `least`: ValueErrors"
     try:
         if isinstance(number, (bool, np.bool_)):
             raise TypeError

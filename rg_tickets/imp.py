@@ -996,7 +996,8 @@ def _follow(ticket, history, choices):
     "A ticket's masks, to be revealed round by round"
     if ticket is None:
         raise ValueError(
-            f"the control {choices.control!r} follows a ticket's masks: give ticket=Ticket.load(...)"
+            f"the control {choices.control!r} follows a ticket's masks: "
+            "give ticket=Ticket.load(...)"
         )
     theirs, mine = (
         {k: tuple(d.shape) for k, d in h.died.items()} for h in (ticket.history, history)

@@ -95,7 +95,8 @@ def _alike(networks):
     for k, net in enumerate(networks):
         if facts(net) != first:
             raise ValueError(
-                f"network {k} is not built like network 0: replicas differ in their numbers only, not in shapes, devices, frozen layers or modes"
+                f"network {k} is not built like network 0: replicas differ in their numbers only, "
+                "not in shapes, devices, frozen layers or modes"
             )
     for name, m in networks[0].named_modules():
         if _held(m) and type(m) not in WIDER:

@@ -317,7 +317,7 @@ def check_source(
     prune_type: str,  # a name in `PRUNE_TYPES`
     source=None,  # where pre-trained weights come from, as `prepare` takes it; it is not opened
 ) -> PruneType:
-    "The prune type of that name; a source that is missing, or one that is not wanted, is a ValueError"
+    "The prune type of that name; a missing source, or one that is not wanted, is a ValueError"
     what = lookup(prune_type, PRUNE_TYPES, "prune type")
     if (source is not None) != (what.source == "elsewhere"):
         raise ValueError(

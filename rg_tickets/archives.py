@@ -29,7 +29,7 @@ from .tickets import Ticket, digest
 
 # %% ../nbs/34_archives.ipynb #39537196
 class ArchiveError(FileError):
-    "A run that cannot be read: nothing recognisable, a round missing, or rounds that do not belong together"
+    "A run that cannot be read: nothing recognised, a round missing, or rounds of different runs"
 
 
 def _contents(path, inside=None):
@@ -118,7 +118,7 @@ class _Source:
         return self.read(lambda k: not getattr(self.named[k], "odd", ""))
 
     def weights(self, names=()):
-        "X_orig and X_mask of all pruned layers, and the tensors called `names`, under all their names"
+        "X_orig and X_mask of pruned layers, and the tensors called `names` under all their names"
         self.know(names)
         wanted = {k for k in self.named if k.endswith(_PRUNED)} | set(names)
         places = {_place(self.named[k]) for k in wanted if k in self.named}
@@ -328,8 +328,8 @@ def _order(parts, counts, fixed, path):
 def _explain_seeds(path, names):
     "What to do with several runs in one folder"
     return (
-        f"{path} holds several runs, {_few(names)}, and not the rounds of one. Read each by itself, "
-        "and join them: Flow.join(*(read_run(p).flow(seed=i) for i, p in enumerate(paths))); "
+        f"{path} holds several runs, {_few(names)}, and not the rounds of one. "
+        "Read each by itself, and join them: Flow.join(*(read_run(p).flow(seed=i) for i, p in enumerate(paths))); "
         "or name them alike, rg-tickets compare NAME=PATH NAME=PATH"
     )
 
@@ -351,8 +351,8 @@ def _check_one_run(parts, counts, path, repeats):
         alike = abs(x.kept - y.kept) <= 0.005 * x.kept
         if back > 0.01 * x.kept and (alike or back > 0.5 * chance):
             raise ArchiveError(
-                f"{b.label} keeps {back:,} weights that {a.label} has pruned: neither mask was made "
-                f"from the other. {_explain_seeds(path, _labels(parts, path))}"
+                f"{b.label} keeps {back:,} weights that {a.label} has pruned: neither mask was "
+                f"made from the other. {_explain_seeds(path, _labels(parts, path))}"
             )
     if not repeats and len(parts) > 1 and len({count.mark for count in counts}) == 1:
         raise ArchiveError(
@@ -381,7 +381,7 @@ def _numbers_of(parts, counts, fixed):
 
 
 def _ranged(parts, path, fixed=False, repeats=False, after=False):
-    "(parts in order, n of each, notes, censuses in order); fixed: names decide; repeats: same masks"
+    "(parts in order, n of each, notes, censuses); fixed: names decide; repeats: of one mask"
     if len(parts) > _MOST_ROUNDS:
         raise ArchiveError(f"{path} holds {len(parts):,} rounds, more than {_MOST_ROUNDS:,}")
     counts = [_counted(part) for part in parts]
@@ -418,7 +418,8 @@ def _check_gapless(numbers, where, what):
     more = f" and {lost - len(named)} more" if lost > len(named) else ""
     raise ArchiveError(
         f"{where} has {what.format(numbers[0])} to {what.format(numbers[-1])}, but "
-        f"{', '.join(map(what.format, named))}{more} is missing: copy it, or take away what comes after"
+        f"{', '.join(map(what.format, named))}{more} is missing: copy it, or take away "
+        "what comes after"
     )
 
 
@@ -461,10 +462,10 @@ def _number(text, path, line):
 
 def _hparams(path):
     "What hparams.log of a level says: name -> text, the first where a name comes twice"
-    text = read_text(path, ArchiveError) if path.is_file() else ""
     said = {}
-    for name, value in re.findall(r"^\s*\*\s*(\w+) => (.*?)\s*$", text, re.M):
-        said.setdefault(name, value)
+    for line in read_text(path, ArchiveError).splitlines() if path.is_file() else ():
+        if match := re.match(r"\s*\*\s*(\w+) => (.*)", line[:1000]):
+            said.setdefault(match[1], match[2].strip())
     return said
 
 
@@ -793,8 +794,8 @@ class _Zeros:
         self.back += back
         if back > max(0.1 * sum(m.numel() for m in kept.values()), 0.5 * zeros):
             raise ArchiveError(
-                f"{back:,} of the {zeros:,} weights that are zero in {self.paths[i]} are not zero in "
-                "files that have more zeros: neither was made from the other. "
+                f"{back:,} of the {zeros:,} weights that are zero in {self.paths[i]} are not zero "
+                "in files that have more zeros: neither was made from the other. "
                 + _explain_seeds(self.paths[i].parent, [p.name for p in self.paths])
             )
 

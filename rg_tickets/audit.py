@@ -100,7 +100,7 @@ def _exactly(exact, scope):
 
 
 def _ranking(row, scope=None, ranked=True):
-    "Which ranking made a mask, in words; scope: what is claimed; ranked: are the weights here those"
+    "Which ranking made a mask; scope: the one claimed; ranked: are these the weights it was of"
     known = {k: row[k] for k in RANKINGS if not math.isnan(row[k])}
     exact = [k for k, o in known.items() if o >= EXACT]
     if exact:
@@ -351,10 +351,10 @@ def _claims_of(run, schedule, scope, counts, numbers):
 def audit(
     run,  # an Archive, or a list of (weights, masks) in round order, masks those in force
     initial: dict | None = None,  # name -> weight before training; None: as the archive has it
-    schedule=None,  # what the counts should be, as in `imp`; None: as the run's log says, or a guess
+    schedule=None,  # what the counts should be, as in `imp`; None: as the log says, or a guess
     scope: str | None = None,  # what is claimed: "global" or "layer" ranking; None: as the log says
 ) -> pd.DataFrame:  # a row per round: n, alive, density, removed, ..., overlaps, chance, verdict
-    "Check that masks are nested, counted, in force and ranked as is said; one round is read at a time"
+    "Check that masks are nested, counted, in force and ranked as said; rounds are read one by one"
     size = len(run.rounds) if isinstance(run, Archive) else len(run)
     if not size:
         raise ArchiveError("there is no round to audit: give at least one pair (weights, masks)")

@@ -709,7 +709,7 @@ def describe_content(
     return f"of type {name[:80]}"
 
 # %% ../nbs/09a_files.ipynb #4fbb9cfe
-_HEADER = 2**24  # bytes of a safetensors header, some 150,000 tensors
+_HEADER = 2**23  # bytes of a safetensors header, some 75,000 tensors
 _UNREADABLE = "F4", "F6_E2M3", "F6_E3M2"  # types of safetensors that torch has no tensor for
 
 

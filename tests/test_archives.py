@@ -729,7 +729,15 @@ def test_loggers_that_are_only_unusual(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["pruning_fraction => 1e400", "  * pruning_fraction => 7\n", "* " * 10**5, "\x00" * 100]
+    "text",
+    [
+        "* pruning_fraction => 1e400",
+        " * pruning_fraction => 7\n",
+        "* " * 10**5,
+        "\x00",
+        "\n" * 10**6,
+    ],
+    ids=["huge", "seven", "stars", "nul", "lines"],
 )
 def test_odd_hparams_claim_nothing(text, tmp_path):
     (level(tmp_path, 0) / "hparams.log").write_text(text)

@@ -1,4 +1,4 @@
-"Honest runs of every layout and every rounding are accused of nothing, and dishonest ones are found"
+"Honest runs of every layout and rounding are accused of nothing, and dishonest ones are found"
 
 import copy, itertools, math
 import numpy as np

@@ -14,7 +14,10 @@ from rg_tickets.files import (
 )
 
 both = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
-TENSOR = "ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ{}tR"
+TENSOR = (
+    "ctorch._utils\n_rebuild_tensor_v2\n"
+    "((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ{}tR"
+)
 
 
 def as_zip(path, program, storages={"0": bytes(16)}):

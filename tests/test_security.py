@@ -3,12 +3,13 @@
 Tried elsewhere: hand-made pickles and traps inside the runs of other programs (test_archives.py), hostile YAML, folders and links of studies (test_batches.py),
 folders of the Hub and the strings on their cards (test_hub.py)."""
 
-import ast, io, json, os, pickle, sys, tarfile, types, zipfile
+import ast, io, json, os, pickle, sys, tarfile, time, types, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from test_archives import Trap
+from test_files import PROGRAMS as HOSTILE, as_zip
 from test_hub import ticket
 from rg_tickets import batches, cli, hub, reports
 from rg_tickets.archives import read_module, read_run
@@ -208,6 +209,20 @@ def test_no_reader_runs_a_program(program, ending, unsprung):
         "open_lth",
         "pairs",
     }  # which find the tensors beside the trap, or beside members that nobody unpacks
+
+
+@pytest.mark.parametrize("program", HOSTILE)
+def test_no_reader_believes_a_number(program, unsprung):
+    "Files that claim a thousand times what they hold: an error of ours that names the file, at once"
+    path = unsprung / "file.pt"
+    for zipped in (True, False):
+        as_zip(path, HOSTILE[program]) if zipped else path.write_bytes(HOSTILE[program])
+        for name in ("ticket", "weights", "archive", "hub"):
+            started = time.monotonic()
+            with pytest.raises((ValueError, OSError)) as e:
+                READERS[name](path)
+            assert time.monotonic() - started < 20 and str(unsprung) in str(e.value), name
+            assert len(str(e.value)) < 2000
 
 
 def test_the_programs_would_work(unsprung):

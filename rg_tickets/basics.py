@@ -137,28 +137,35 @@ def replacing(
             tmp.unlink()
 
 # %% ../nbs/00_basics.ipynb #2765f40d
+_LOCKED = set()  # files that this process holds
+
+
 @contextmanager
 def alone(
     folder,  # made if need be; None: nothing to lock
     name: str = ".lock",  # the lock's file in it
 ):
-    "Hold the folder's lock during the block, or raise a RuntimeError if another process does"
+    "Hold the folder's lock during the block, or raise a RuntimeError if another run does"
     if folder is None:
         yield
         return
     folder = Path(folder)
     lock = filelock.FileLock(folder / name)
+    here = (folder / name).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
+        who = "another run in this process" if here in _LOCKED else "another process"
+        what = "let it end, or close it" if here in _LOCKED else "wait for it"
         raise RuntimeError(
-            f"another process is working on {folder}: wait for it, or choose another folder"
+            f"{who} is working on {folder}: {what}, or choose another folder"
         ) from None
     except OSError as e:
         raise OSError(
             e.errno, f"cannot write to {folder}: {e.strerror}. Choose a folder you may write to"
         ) from e
+    _LOCKED.add(here)
     try:
         for litter in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
             litter.unlink(
@@ -166,6 +173,7 @@ def alone(
             )  # ours and safetensors', of a process that was killed while it wrote
         yield
     finally:
+        _LOCKED.discard(here)
         lock.release()
 
 # %% ../nbs/00_basics.ipynb #63b773d7

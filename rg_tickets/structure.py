@@ -46,12 +46,16 @@ def describe_module(
 # %% ../nbs/22c_structure.ipynb #e2ca15b9
 def structure(
     network: nn.Module,  # wrapped or not
-) -> dict:  # types (how many of each), modules (four digits for each), digest
+) -> dict:  # types (how many of each), kinds (the descriptions there are), of (which of these each
+    # module has), modules (four digits for each), digest
     "The types and arguments of a network's modules, as plain facts"
     rows = _rows(network)
     digests = [hashlib.sha256(f"{k} {row}".encode()).hexdigest() for k, row in rows.items()]
+    kinds = list(dict.fromkeys(row[:200] for row in rows.values()))
     return dict(
         types=dict(Counter(type(m).__name__ for _, m in named_modules(network))),
+        kinds=kinds,
+        of=[kinds.index(row[:200]) for row in rows.values()],
         modules="".join(o[:4] for o in digests),
         digest=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
     )
@@ -91,19 +95,28 @@ def differences(
     return found
 
 
+def _row(theirs, i):
+    "What a module was, for a message; nothing if an older version did not write it down"
+    known = theirs.get("of", [])
+    return f"was {_short(theirs['kinds'][known[i]])} there and " if i < len(known) else ""
+
+
 def explain_structure(
     theirs: dict,  # what `structure` gave
     network: nn.Module,  # the network of today
 ) -> str | None:
     "In which module a network differs from a stored structure, or None if they are the same"
     mine, rows = structure(network), list(_rows(network).items())
-    if theirs == mine:
+    if theirs["digest"] == mine["digest"]:
         return None
     told = differences(theirs["types"], mine["types"], "number of ")
     digits = [
         [o["modules"][i : i + 4] for i in range(0, len(o["modules"]), 4)] for o in (theirs, mine)
     ]
     at = [i for i, (a, b) in enumerate(zip(*digits)) if a != b] or [min(map(len, digits))]
+    was = _row(theirs, at[0])
     if at[0] < len(rows):
-        told.append(f"module {rows[at[0]][0]!r} is {_short(rows[at[0]][1])} here")
+        path, row = rows[at[0]]
+        name = f"module {path!r}" if path else "the network"
+        told.append(f"{name} {was}is {_short(row)} here")
     return f"the network's structure ({'; '.join(told)})"

@@ -117,6 +117,12 @@ class Recipe:
     clip: float | None = None  # largest gradient norm, none by default
     precision: str = "fp32"  # "fp32", or "bf16" for autocast
 
+    def __new__(cls, *args, **kwargs):
+        known = {f.name: None for f in fields(cls)}
+        for name in kwargs:
+            lookup(name, known, "setting of a Recipe")
+        return super().__new__(cls)
+
     def __post_init__(self):
         lookup(self.schedule, SHAPES, "learning-rate schedule")
         lookup(self.optimizer, OPTIMIZERS, "optimizer")

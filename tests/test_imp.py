@@ -241,7 +241,7 @@ def test_a_score_that_fails_later_loses_no_training(tmp_path):
     steps.clear()
     with pytest.raises(TicketError, match="holds another run: score"):
         run(score=score, folder=tmp_path, report=report)  # `fails` is a value that it holds
-    assert about["score"].startswith("test_imp.test_a_score_that_fails") and not steps
+    assert about["score"].startswith("test_a_score_that_fails") and not steps
     fails[0] = True
     with pytest.raises(ValueError, match="the same for all"):
         run(score=score, folder=tmp_path, report=report)
@@ -658,9 +658,21 @@ CHANGED = {
         "fingerprint.loss",
     ),
     "the last label": (mlp, toy, mlp, lambda: labels_changed(-1), "fingerprint.data.y"),
-    "an activation": (mlp, toy, lambda: mlp(nn.GELU), toy, "module '1' is torch.nn.modules"),
+    "an activation": (
+        mlp,
+        toy,
+        lambda: mlp(nn.GELU),
+        toy,
+        "module '1' was torch.nn.modules.activation.ReLU(",
+    ),
     "a function": (Functional, toy, lambda: Functional(F.gelu), toy, "the network's structure"),
-    "dropout": (normed, toy, lambda: normed_with(0.5), toy, "module '3' is"),
+    "dropout": (
+        normed,
+        toy,
+        lambda: normed_with(0.5),
+        toy,
+        "module '3' was torch.nn.modules.dropout.Dropout(p=0.1",
+    ),
     "a frozen bias": (mlp, toy, frozen_bias, toy, "not_trained ([] there, ['0.bias'] here)"),
 }
 
@@ -700,7 +712,7 @@ def functional_of(kind):
     return net
 
 
-NEW = "score frozen not_trained structure fingerprint prunes python tied head".split()
+NEW = "reads score frozen not_trained structure fingerprint prunes python tied head".split()
 
 
 def test_a_folder_of_an_older_version_is_taken_up_with_a_warning(tmp_path):

@@ -14,7 +14,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..basics import generator, lookup, seeded, stream
 from ..models.heads import train_mode
 from rg_tickets.tasks.forms import (
@@ -38,12 +39,14 @@ from rg_tickets.tasks.identity import (
     spread_over,
     unchanged,
 )
+from .state import put_back
 from rg_tickets.tasks.metrics import (
     Accuracy,
     Kept,
     LossMean,
     MinusLoss,
     accuracy,
+    explain_shapes,
     is_classification,
     label_rule,
     loss_options,
@@ -335,6 +338,13 @@ class Task:
             p.requires_grad for p in self.loss.parameters()
         ):
             raise _explain_trainable(self.loss)
+        if not all(
+            callable(getattr(self.data, k, None)) for k in ("to", "steps", "batches", "test")
+        ):
+            raise ValueError(
+                f"data is a {type(self.data).__name__}: give Resident(x, y, x_test, y_test), "
+                "Loaders(train, test), or an object with to, steps, batches and test"
+            )
         if self.metrics is None:
             self.metrics = self._default_metrics()
         named = isinstance(self.metrics, Mapping) and all(isinstance(k, str) for k in self.metrics)
@@ -403,6 +413,13 @@ class Task:
     def metric(self) -> str:
         "Name of the metric that decides whether a ticket matches the dense network"
         return next(iter(self.metrics))
+
+    def beside(self) -> dict:
+        "Name -> what may change in training besides the network: loss, objective, data, ..."
+        found = {k: getattr(self, k) for k in ("loss", "objective", "split", "judge", "data")}
+        if type(self.data) is Resident:  # its tensors stay as they are
+            found["data"] = self.data.augment
+        return {f"task's {k}": v for k, v in found.items() if not isinstance(v, (str, type(None)))}
 
     @classmethod
     def from_loaders(cls, train, test, loss=F.cross_entropy, name="custom", steps=None, **kwargs):
@@ -638,6 +655,53 @@ def _repeatable(read, name, what):
     return again
 
 
+class _NoPairs(TorchFunctionMode):
+    "Within the block, one of [n, 1] and [n] is not compared with every one of the other"
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        found = f(*args, **(kwargs or {}))
+        tensors = [o for o in (*args, *(kwargs or {}).values()) if torch.is_tensor(o)][:2]
+        shapes = [tuple(o.shape) for o in tensors]
+        n = max((o.numel() for o in tensors), default=0)
+        if n > 1 and sorted(shapes, key=len) == [(n,), (n, 1)]:
+            pairs = torch.is_tensor(found) and tuple(found.shape) == (n, n)
+            if pairs or getattr(f, "__name__", "").endswith("_loss"):
+                raise explain_shapes(*tensors)
+        return found
+
+
+def _trial_loss(task, network, batch):
+    "The training loss of a batch; outputs [n, 1] with targets [n] are refused where they spread"
+    if task.objective or task.loss == "model":
+        return task(network, batch)
+    output = task.forward(network, batch)
+    with _NoPairs():
+        return task.score(output, task.target(batch))
+
+
+def _check_last_batch(task, network):
+    "Refuse a last batch of one sample for a network whose batch norms cannot take it"
+    loader = getattr(task.data, "train", None)
+    whole = isinstance(loader, DataLoader) and _has_indices(loader.dataset)
+    if not whole or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
+        return
+    n, steps = len(loader.sampler), task.data.steps()
+    if n % loader.batch_size != 1 or n == 1 or steps < len(loader):
+        return
+    batch = loader.collate_fn([loader.dataset[next(iter(loader.sampler))]])
+    try:
+        with torch.no_grad():
+            task(train_mode(network), to_device(batch, _device(network)))
+    except ValueError as e:
+        if "more than 1 value per channel" not in str(e):
+            return
+        raise ValueError(
+            f"task {task.name!r} cannot be trained as it is: {n} samples in batches of "
+            f"{loader.batch_size} leave one sample for batch {steps - 1}, the last of an epoch, of "
+            "which batch normalization can take no variance: give the training loader drop_last=True"
+        ) from None
+
+
 def _check_loss(task, network, batch, precision):
     "The training loss of one batch must be one finite number with a gradient"
     device = _device(network).type
@@ -647,7 +711,7 @@ def _check_loss(task, network, batch, precision):
         torch.enable_grad(),
         torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        loss = task(network, batch)
+        loss = _trial_loss(task, network, batch)
         if not torch.is_tensor(loss) or loss.dim():
             raise ValueError(f"it is {describe_batch(loss)}, and must be a tensor with one number")
         if not loss.requires_grad:
@@ -701,7 +765,7 @@ def check_task(
         )
 
     def read(make, *names):
-        with seeded(seed, *names):
+        with seeded(seed, *names), put_back(nn.Identity(), **task.beside()):
             return _read_first(make, names[-1])
 
     train = lambda: read(lambda: data.batches(seed, 0, batch_size), "check", "training")
@@ -711,4 +775,6 @@ def check_task(
     held = (task.loss, task.objective, task.judge, task.split, task.metrics)
     with unchanged(network, *held), seeded(seed, "check"):
         _check_loss(task, network, batch, precision)
+        with put_back(nn.Identity(), **task.beside()):
+            _check_last_batch(task, network)
         _check_scores(task, network, batch_size, precision)

@@ -1120,6 +1120,14 @@ def set_rewind_point(self):
     "Make the network as it is now what rounds go back to"
     self.snapshot = Snapshot(self.network, self.start.beside)
     self.snapshot.unsaved.check(self.start, self.network)
+    beyond, step = self.snapshot.unsaved.beyond(self.start), self.choices.step or 0
+    moved = [k for k in beyond.numbers if k[0].startswith("task's data")]
+    if moved and step % self.steps:
+        raise ValueError(
+            f"{'.'.join(moved[0])} counts while data are read, and the rewind point {step}it lies "
+            f"within an epoch of {self.steps} steps, which would be read a second time: rewind to "
+            "the end of an epoch, rewind='1ep'"
+        )
     self.save_unsaved()
 
 

@@ -1,5 +1,6 @@
 "What training changes besides weights is rewound and resumed, or refused by name"
 
+import functools
 import itertools
 import json
 import types
@@ -261,17 +262,6 @@ PAIRS = [
 ]
 
 
-def masked_alike(place, kind, **kwargs):
-    "Two rounds with the same mask: what they measured"
-    made = []
-    for control in ("imp", "given"):
-        net, task, o = PLACES[place](kind)
-        made.append((net, task))
-    ticket = kwargs["ticket"]
-    one, two = run(*made[1], control="given", ticket=ticket, rounds=1)
-    return one, two
-
-
 @pytest.mark.parametrize("place, kind", PAIRS, ids=lambda v: v)
 def test_state_is_rewound_and_resumed(place, kind, tmp_path):
     make = lambda: PLACES[place](kind)[:2]
@@ -286,6 +276,15 @@ def test_state_is_rewound_and_resumed(place, kind, tmp_path):
     net, task, o = PLACES[place](kind)
     one, two = run(net, task, control="given", ticket=ticket, rounds=1)
     assert (one.loss, one.metrics, one.tensors) == (two.loss, two.metrics, two.tensors)
+
+
+def test_data_that_count_are_rewound_to_ends_of_epochs_only(tmp_path):
+    make = lambda: with_sampler("number")[:2]
+    whole = run(*make(), rewind="1ep")
+    again, _ = cut(make, tmp_path, (0, 8), (1, 8), rewind="1ep")
+    assert repr(again) == repr(whole)
+    with pytest.raises(ValueError, match="task's data.train.sampler.held counts while data are"):
+        run(*make(), rewind="3it")
 
 
 # What cannot be set back is refused before training
@@ -352,9 +351,6 @@ class Cached(nn.Module):
 
     def forward(self, x):
         return self.a(x) * self.scale * remembered(1)
-
-
-import functools  # noqa: E402
 
 
 @functools.lru_cache(maxsize=None)

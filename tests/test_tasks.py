@@ -1,6 +1,6 @@
 "Batches of any form, metrics that stream, a check before training, and the identity of a task"
 
-import copy, functools, json, os, random, subprocess, sys, weakref
+import copy, functools, itertools, json, os, random, subprocess, sys, weakref
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -952,12 +952,11 @@ class Secret(Noisy):
 
 class GoesOn(IterableDataset):
     def __init__(self):
-        self.i = 0
+        self.count = itertools.count()  # nobody can set it back
 
     def __iter__(self):
-        while True:
-            self.i += 1
-            yield X[self.i % N], Y[self.i % N]
+        for i in self.count:
+            yield X[i % N], Y[i % N]
 
 
 @pytest.mark.parametrize("what", ["training", "test"])

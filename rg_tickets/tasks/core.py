@@ -682,13 +682,13 @@ def _trial_loss(task, network, batch):
 def _check_last_batch(task, network):
     "Refuse a last batch of one sample for a network whose batch norms cannot take it"
     loader = getattr(task.data, "train", None)
-    whole = isinstance(loader, DataLoader) and _has_indices(loader.dataset)
-    if not whole or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
+    sampler = getattr(loader, "batch_sampler", None)
+    if type(sampler) is not BatchSampler or sampler.drop_last or _length(sampler.sampler) is None:
         return
-    n, steps = len(loader.sampler), task.data.steps()
-    if n % loader.batch_size != 1 or n == 1 or steps < len(loader):
+    n, steps = len(sampler.sampler), task.data.steps()
+    if n % sampler.batch_size != 1 or n == 1 or steps < len(loader):
         return
-    batch = loader.collate_fn([loader.dataset[next(iter(loader.sampler))]])
+    batch = loader.collate_fn([loader.dataset[next(iter(sampler.sampler))]])
     try:
         with torch.no_grad():
             task(train_mode(network), to_device(batch, _device(network)))
@@ -697,7 +697,7 @@ def _check_last_batch(task, network):
             return
         raise ValueError(
             f"task {task.name!r} cannot be trained as it is: {n} samples in batches of "
-            f"{loader.batch_size} leave one sample for batch {steps - 1}, the last of an epoch, of "
+            f"{sampler.batch_size} leave one sample for batch {steps - 1}, the last of an epoch, of "
             "which batch normalization can take no variance: give the training loader drop_last=True"
         ) from None
 

@@ -8,7 +8,7 @@ __all__ = ['LARGE', 'encode', 'decode', 'Unsaved', 'put_back', 'values_read']
 # %% ../../nbs/12e_state.ipynb #b9238e0c
 import copy, functools, io, types, warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -325,8 +325,6 @@ def _progress(iterator):
         inner = [_progress(v) for v in frame.f_locals.values() if isinstance(v, Iterator)]
         return f"{frame.f_lasti} {plain} {inner}"
     try:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parts = iterator.__reduce__()

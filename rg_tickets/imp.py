@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'CONTROLS', 'KEEP', 'log', 'magnitude', 'score_weights', 'C
            'check_schedule', 'check_rewind', 'Choices', 'check_arguments', 'prepare_run', 'imp']
 
 # %% ../nbs/23_imp.ipynb #78fd8a43
-import json, logging, math, sys, time, warnings
+import json, logging, math, os, sys, textwrap, time, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
@@ -25,7 +25,7 @@ from rg_tickets.masks import (
     shuffled,
 )
 from .models.names import set_state, state, unwrap
-from .models.heads import check_products
+from .models.heads import check_head_names, check_products
 from .models.prunable import FROZEN, PRESETS, declare_head, describe, prunable
 from .ranks import World, world as find_world
 from .selection import check_finite
@@ -879,6 +879,17 @@ def find_state(self, over):
 
 # %% ../nbs/23_imp.ipynb #e50c5c95
 log = logging.getLogger("rg_tickets")
+_SAID = set()  # lines that this process has shown
+
+
+def _say_pruned(line, quiet):
+    "Log what a run prunes; without a log or a reporter to show it, write it to stderr, once"
+    log.info(line)
+    logged = log.isEnabledFor(logging.INFO) and log.hasHandlers()
+    off = os.environ.get("RG_TICKETS_PROGRESS") == "off"
+    if not (quiet or logged or off or line in _SAID):
+        _SAID.add(line)
+        print(textwrap.fill(line, 100, subsequent_indent="    "), file=sys.stderr, flush=True)
 
 
 def prepare_run(
@@ -899,6 +910,7 @@ def prepare_run(
         )
     check_not_held(network)
     check_network(network)
+    check_head_names(network)
     if world.size > 1 and task.loss == "model" and not task.objective:
         raise ValueError(
             f"the network computes the loss of {task.name!r} itself, and on {world.size} ranks "
@@ -920,7 +932,7 @@ def prepare_run(
         check_schedule(choices.schedule, sizes, choices.rounds, choices.scope)
     about = _facts(task, network, choices, params, ticket, world)
     if world.lead:
-        log.info("%s on %s: %s", about["model"], task.name, about["prunes"])
+        _say_pruned(f"{about['model']} on {task.name}: {about['prunes']}", quiet=report is not None)
     return _Run(
         task=task,
         network=network,

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .basics import lookup, replacing
 from .masks import MaskHistory
+from .models.heads import below
 from .models.names import named_modules, plain_name, state, tied, unwrap
 from .models.prunable import heads
 from .selection import ALIVE
@@ -283,7 +284,8 @@ class Ticket:
 
     @classmethod
     def load(cls, path):
-        "Read a ticket; a damaged or foreign file raises a TicketError that says what is wrong"
+        "Read a ticket, or the only one in a folder; a TicketError says what is wrong with a file"
+        path = _find_ticket(Path(path))
         return _ticket(path, *load_tensors(path, "ticket"))
 
     def __repr__(self):
@@ -302,6 +304,34 @@ def network_facts(
     return dict(tied=tied(network), head=list(heads(network) if head is None else head))
 
 # %% ../nbs/21_tickets.ipynb #7673a06d
+def _is_ticket(path):
+    "Does a file say that it is a ticket; one that is called so may be damaged"
+    if path.name == "ticket.safetensors":
+        return True
+    try:
+        return bool(_note(path, "ticket", _read_header(path)))
+    except (TicketError, OSError):
+        return False
+
+
+def _find_ticket(path):
+    "The file of a ticket: the path itself, or the only ticket in this folder and those in it"
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
+    found = [p for p in files if p.is_file() and _is_ticket(p)]
+    if path.is_dir() and len(found) == 1:
+        return found[0]
+    names = _some([str(p.relative_to(folder)) for p in found])
+    if path.is_dir() and found:
+        raise TicketError(
+            f"{path} is a folder with {len(found)} tickets ({names}): give the file of one of them"
+        )
+    there = f"; in {folder} there is {names}" if found else ""
+    raise FileNotFoundError(errno.ENOENT, f"no ticket file here{there}", str(path))
+
+
 def _header(ticket):
     "What a ticket's file says beside its tensors"
     return dict(
@@ -423,9 +453,9 @@ def _same_tensor(ticket, names):
     return next((k for k in names if k in died), names[0]) if same else None
 
 
-def _under(modules):
-    "Is a name that of a tensor in one of these modules"
-    return lambda name: any(not o or name.startswith(f"{o}.") for o in modules)
+def _under(parts):
+    "Is a name that of a tensor in one of these modules, or is it one of these parameters"
+    return lambda name: below(name, parts)
 
 
 def _match(ticket, network, head, own=(), leave=False):
@@ -606,6 +636,18 @@ class _Hold:
             handle and handle.remove()
         self.bound = now
 
+    def hook_modules(self, *networks):
+        "Hear of forward passes of the networks, and of the state_dict of every part"
+        for m in dict.fromkeys(networks):
+            self.handles.append(m.register_forward_pre_hook(self.before_forward))
+        for m in dict.fromkeys((*networks, *(m for m, _, _ in self.places))):
+            self.handles.append(m.register_state_dict_pre_hook(self.before_saving))
+
+    def before_saving(self, module, prefix, keep_vars):
+        "Pruned weights are zero in every state_dict"
+        self.bind()
+        self.multiply(self.bound)
+
     def before_forward(self, module, args):
         "Pruned weights are zero in every forward pass"
         if torch.compiler.is_compiling():  # what follows becomes part of the graph
@@ -683,7 +725,7 @@ def hold(
     n: int | None = None,  # the mask after n prunings, by default the last
     head: bool = True,  # False: masks of the head are left out
 ) -> torch.nn.Module:  # the network
-    "Keep pruned weights at zero in any training loop until `release`; kept ones are not touched"
+    "Keep pruned weights at zero in every step, forward pass and state_dict, until `release`"
     inner, masks = unwrap(network), _find_masks(network, ticket, n, head)
     below = [k for k, m in inner.named_modules() if k and "_held" in m.__dict__]
     if below:
@@ -693,9 +735,7 @@ def hold(
     owners, names = _owners(network), _all_names(state(network), tied(network))
     places = [(*owners[o], m.bool()) for k, m in masks.items() for o in names[k]]
     held = _Hold([(m, k, mask.to(m._parameters[k].device)) for m, k, mask in places])
-    held.handles = [
-        m.register_forward_pre_hook(held.before_forward) for m in dict.fromkeys((network, inner))
-    ]
+    held.hook_modules(network, inner)
     inner.__dict__["_held"] = held
     held.fill()
     held.bind()
@@ -782,7 +822,18 @@ def to_torch_prune(
     for (module, attribute), mask in places.items():  # a module with two names is one place
         mask = mask.to(module._parameters[attribute].device)
         torch_prune.custom_from_mask(module, attribute, mask)
+    for module in network.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.register_forward_pre_hook(_mask_output)
     return network
+
+
+def _mask_output(attention, args):
+    "Compute the pruned output matrix of an attention, which uses it without calling the layer"
+    layer = attention.out_proj
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, torch_prune.BasePruningMethod):
+            hook(layer, ())
 
 # %% ../nbs/21_tickets.ipynb #ef470529
 def save_trained(

@@ -197,7 +197,8 @@ class _Survey:
         if p.dim() < 2:
             return "vector", ""
         if why := self.choice(names, uses):
-            return why, ""
+            own = why == "own parameter" and any(below(n, self.head) for n in names)
+            return "head" if own else why, ""
         if any(below(n, self.head) for n in (*names, *(u.name for u in uses))):
             own = below(name, self.head) or any(u.by for u in uses)
             return ("head" if own else "tied to the head"), ""
@@ -396,13 +397,31 @@ class Description:
         )
 
 
-_PHRASES = {"own parameter": "own parameters, no known layer multiplies by them"}
+_OWN = "own parameters, no known layer multiplies by them"
 
 
 def _say_dense(why, parts):
     "One reason, with what is left dense for it"
     what = parts[0].name if len(parts) == 1 else f"{len(parts)} tensors"
-    return f"{what} ({_PHRASES.get(why, why)}, {sum(p.weights for p in parts):,} weights)"
+    if why == "own parameter":  # the network may multiply by them in its own code: each by name
+        what, why = ", ".join(_say_names([p.name for p in parts])), _OWN
+    return f"{what} ({why}, {sum(p.weights for p in parts):,} weights)"
+
+
+def _say_names(names):
+    "The names; of many, those that differ in their numbers alone as one, e.g. layers.{0-31}.w"
+    alike = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(name)
+    out = []
+    for pattern, found in alike.items():
+        numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name in found]
+        if len(names) <= 8 or len(found) == 1:
+            out += found
+        else:
+            ranges = [f"{{{min(o, key=int)}-{max(o, key=int)}}}" for o in zip(*numbers)]
+            out.append(f"{pattern.format(*ranges)} ({len(found)} tensors)")
+    return out
 
 
 def describe(
@@ -548,7 +567,8 @@ def table(
 # %% ../../nbs/12_prunable.ipynb #e63d86ad
 def _explain_head(network, head, classes):
     modules = dict(named_modules(network))
-    what = " and ".join(f"{h!r} ({type(modules[h]).__name__})" for h in head) or "empty"
+    kind = {h: type(modules[h]).__name__ if h in modules else "a parameter" for h in head}
+    what = " and ".join(f"{h!r} ({o})" for h, o in kind.items()) or "empty"
     return ValueError(
         f"the head of {type(unwrap(network)).__name__} is {what}, not one nn.Linear below it: "
         f"put a head for {classes} classes there yourself"
@@ -562,7 +582,7 @@ def replace_head(
 ) -> nn.Module:  # `network`
     "Put a fresh linear head in place of the old one; any other kind of head is a ValueError"
     head, modules = heads(network), dict(named_modules(network))
-    old = modules[head[0]] if len(head) == 1 and head[0] else None
+    old = modules.get(head[0]) if len(head) == 1 and head[0] else None
     if not isinstance(old, nn.Linear):
         raise _explain_head(network, head, classes)
     with seeded(seed, "head"):

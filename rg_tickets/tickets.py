@@ -90,7 +90,7 @@ def save_tensors(
 
 _BLANK = "0" * 64
 
-
+# %% ../nbs/21_tickets.ipynb #1f81b4be
 def _check_size(path, tensors, text):
     "Refuse to write what `load_tensors` would refuse to read"
     if len(tensors) > MAX_TENSORS:
@@ -176,7 +176,7 @@ def _parse(text):
         raise ValueError("it is no object")
     return found
 
-
+# %% ../nbs/21_tickets.ipynb #3bdaa9d1
 def _read_header(path):
     "What the start of a safetensors file lists: tensor -> type, shape and place; and metadata"
     size = path.stat().st_size
@@ -295,7 +295,7 @@ class Ticket:
             f"{h.total:,} prunable weights, {h.rounds} prunings, density {h.density():.4f})"
         )
 
-
+# %% ../nbs/21_tickets.ipynb #b653dbe0
 def network_facts(
     network: torch.nn.Module,  # any network, wrapped or not
     head: list | None = None,  # names of modules, by default what `heads` finds
@@ -331,7 +331,7 @@ def _find_ticket(path):
     there = f"; in {folder} there is {names}" if found else ""
     raise FileNotFoundError(errno.ENOENT, f"no ticket file here{there}", str(path))
 
-
+# %% ../nbs/21_tickets.ipynb #8c520fc1
 def _header(ticket):
     "What a ticket's file says beside its tensors"
     return dict(
@@ -414,7 +414,7 @@ def _wrong_facts(ticket):
     if odd:
         yield f"the tied tensor {_some(odd)} has weights of its own, or none"
 
-
+# %% ../nbs/21_tickets.ipynb #4aece590
 def _wrong_masks(ticket):
     "What is wrong with masks and the weights under them, in words"
     follows = isinstance(ticket.about.get("masks"), str)  # another ticket's masks, revealed in turn
@@ -457,7 +457,7 @@ def _under(parts):
     "Is a name that of a tensor in one of these modules, or is it one of these parameters"
     return lambda name: below(name, parts)
 
-
+# %% ../nbs/21_tickets.ipynb #ac356c2e
 def _match(ticket, network, head, own=(), leave=False):
     "Network's first name -> ticket's name or None; the ticket's names left over; ties that differ"
     inside = _under([] if head else {*heads(network), *ticket.about.get("head", [])})
@@ -508,7 +508,7 @@ def _without_module(ticket, network):
         )
     return ticket
 
-
+# %% ../nbs/21_tickets.ipynb #24316df0
 def _owners(network):
     "Every name of a parameter -> (module, attribute) where it lives"
     return {
@@ -563,7 +563,7 @@ def fit_to(
         about=ticket.about | dict(tied={k: o for k, o in tied(network).items() if o in pairs}),
     )
 
-
+# %% ../nbs/21_tickets.ipynb #3c06111c
 def _in_order(names, match):
     "The pairs of a match whose second part is among the ticket's `names`, in the ticket's order"
     at = {k: i for i, k in enumerate(names)}
@@ -594,35 +594,18 @@ def apply(
     return network
 
 # %% ../nbs/21_tickets.ipynb #2836eddd
-_HOLDS, _WATCH = (
-    weakref.WeakSet(),
-    [],
-)  # holds in force; the hook on all optimizers, once there is one
-
-
-class _Hold:
-    "The masks in force on a network, and the hooks that enforce them"
+class _Places:
+    "The masks in force on a network, and the parameters that they are for"
 
     def __init__(self, places):
         self.places = places  # (module, attribute, bool tensor) for every name of a parameter
         self.handles = []  # of the hooks on modules
         self.bound = {}  # id of a parameter -> (parameter, its mask as factor, handle of its hook)
-        self.watch()
 
     def __getstate__(self):
         return dict(
             places=self.places, handles=self.handles, bound={}
         )  # a copy hooks its own tensors
-
-    def __setstate__(self, found):
-        self.__dict__ |= found
-        self.watch()
-
-    def watch(self):
-        "Hear of the steps of every optimizer"
-        _HOLDS.add(self)
-        if not _WATCH:
-            _WATCH.append(register_optimizer_step_post_hook(_after_step))
 
     def bind(self):
         "Hook the parameters that the modules have now, and let go of those they had before"
@@ -635,6 +618,42 @@ class _Hold:
         for _, _, handle in self.bound.values():
             handle and handle.remove()
         self.bound = now
+
+    def multiply(self, ids):
+        "Multiply parameters by masks; through `data`, so that a graph made before stays good"
+        for key in ids:
+            p, factor, _ = self.bound[key]
+            p.data.mul_(factor.to(p.device))
+
+    def fill(self):
+        "Set pruned weights to zero bit for bit, also those that are nan or -0.0"
+        for module, attribute, mask in self.places:
+            w = module._parameters[attribute]
+            w.data.masked_fill_(~mask.to(w.device), 0)
+
+# %% ../nbs/21_tickets.ipynb #2836edde
+_HOLDS, _WATCH = (
+    weakref.WeakSet(),
+    [],
+)  # holds in force; the hook on all optimizers, once there is one
+
+
+class _Hold(_Places):
+    "The hooks that enforce masks on a network"
+
+    def __init__(self, places):
+        super().__init__(places)
+        self.watch()
+
+    def __setstate__(self, found):
+        self.__dict__ |= found
+        self.watch()
+
+    def watch(self):
+        "Hear of the steps of every optimizer"
+        _HOLDS.add(self)
+        if not _WATCH:
+            _WATCH.append(register_optimizer_step_post_hook(_after_step))
 
     def hook_modules(self, *networks):
         "Hear of forward passes of the networks, and of the state_dict of every part"
@@ -657,18 +676,6 @@ class _Hold:
         else:
             self.bind()
             self.multiply(self.bound)
-
-    def multiply(self, ids):
-        "Multiply parameters by masks; through `data`, so that a graph made before stays good"
-        for key in ids:
-            p, factor, _ = self.bound[key]
-            p.data.mul_(factor.to(p.device))
-
-    def fill(self):
-        "Set pruned weights to zero bit for bit, also those that are nan or -0.0"
-        for module, attribute, mask in self.places:
-            w = module._parameters[attribute]
-            w.data.masked_fill_(~mask.to(w.device), 0)
 
 # %% ../nbs/21_tickets.ipynb #02066e7e
 def _bound(found, p):
@@ -695,7 +702,7 @@ def _after_step(optimizer, args, kwargs):
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held.multiply(mine & held.bound.keys())
 
-
+# %% ../nbs/21_tickets.ipynb #1f36ba90
 def _find_masks(network, ticket, n, head):
     "The network's first name -> mask, or a TicketError for a mask without a place"
     given, about = ticket, {}
@@ -741,7 +748,7 @@ def hold(
     held.bind()
     return network
 
-
+# %% ../nbs/21_tickets.ipynb #6cb28f21
 def release(
     network: torch.nn.Module,  # a held one
 ) -> torch.nn.Module:  # the network, a plain one
@@ -780,7 +787,7 @@ def to_state_dict(
     }
     return dense | {k: dense[first] for k, first in ticket.about.get("tied", {}).items()}
 
-
+# %% ../nbs/21_tickets.ipynb #85331e1f
 SPARSE = {  # layout -> from a sparse tensor with coordinates
     "csr": torch.Tensor.to_sparse_csr,
     "csc": torch.Tensor.to_sparse_csc,
@@ -806,7 +813,7 @@ def to_sparse(
         out[k] = convert(_coordinates(w, m))
     return out, {k: tuple(ticket.weights[k].shape) for k in out}
 
-
+# %% ../nbs/21_tickets.ipynb #d114ed11
 def to_torch_prune(
     ticket: Ticket,  # what to put in
     network: torch.nn.Module,  # changed in place, unless the ticket does not fit

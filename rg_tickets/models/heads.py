@@ -82,7 +82,7 @@ _UNDO = {
     "a hook": "taking that hook off",
 }
 
-
+# %% ../../nbs/11a_heads.ipynb #ce3da2ab
 def _parametrized(layer, leaf):
     "Parameters below a layer that `parametrize` computes a matrix from, and by what"
     tensors = layer.parametrizations[leaf]
@@ -162,7 +162,7 @@ def _without_wrappers(name, known):
         return name
     return plain_name(name).removeprefix("module.")
 
-
+# %% ../../nbs/11a_heads.ipynb #f95876b7
 def _explain_said(network, name, modules, parameters):
     "The error for an entry of `head_names` that is no part of the network"
     layers = [p for p, m in modules.items() if is_layer(m, MATRICES) and p]
@@ -187,7 +187,7 @@ def check_head_names(
     "Raise a ValueError if `head_names` of a network or of a part of it names nothing that is there"
     _declarations(network)
 
-
+# %% ../../nbs/11a_heads.ipynb #c21852cc
 def _output_embeddings(model):
     "Names of the output layer of a transformers model that has no base model, e.g. T5; () if none"
     try:
@@ -254,7 +254,7 @@ def _feeds(before, last):
     flat = is_layer(before, _CONV) and not is_layer(last, _CONV) and into % out == 0
     return out == into or flat
 
-
+# %% ../../nbs/11a_heads.ipynb #443e127b
 def _trunk(paths):
     "What all paths have in common, as a list of components"
     split = [path.split(".") for path in paths]
@@ -281,7 +281,7 @@ def _side_by_side(layers, part):
         i -= 1
     return [path for path, _ in layers[i:]]
 
-
+# %% ../../nbs/11a_heads.ipynb #d7246afb
 def _twins(layers, last, depth):
     "Last layers of parts that are built like the part in which the last layer is, at any level"
     place, found = last.split("."), []
@@ -304,7 +304,7 @@ def _in_a_row(network, last, depth):
     above = [modules[".".join(parts[:i])] for i in range(depth, len(parts))]
     return all(isinstance(m, nn.Sequential) for m in above)
 
-
+# %% ../../nbs/11a_heads.ipynb #556f4068
 def _candidates(network, layers):
     "Paths of the layers that may be the head, by name and by order"
     layers = [o for o in layers if not isinstance(o[1], nn.MultiheadAttention)]
@@ -325,7 +325,7 @@ def _candidates(network, layers):
     found += _twins(layers, last, depth)
     return [path for path in paths if path in {*found, last}]
 
-
+# %% ../../nbs/11a_heads.ipynb #b665109d
 def _explain_choice(network, paths, loss=False):
     "The error for a head that is ambiguous; `loss`: a batch has been tried"
     choices = [_describe_part(network, p) for p in paths]
@@ -357,7 +357,7 @@ def _describe_layer(layer):
     sizes = "" if before is None else f" {before} -> {after}"
     return f"{type(layer).__name__}{sizes}"
 
-
+# %% ../../nbs/11a_heads.ipynb #cf176749
 def _by_name(network, layers):
     "The head by the names and the order of layers; contradictions are ValueErrors"
     if not layers:
@@ -422,10 +422,10 @@ class _Made:
     names: frozenset = frozenset()
     alone: bool = True  # False: numbers without a gradient take part, e.g. a factor or a mask
 
-
+# %% ../../nbs/11a_heads.ipynb #a46609bb
 @dataclass
-class _Graph:
-    "Which nodes of the autograd graph are products with which layer's matrix"
+class _Sources:
+    "The autograd graph of a loss, and what each of its nodes is computed from"
 
     outputs: dict  # node -> path of the layer that it is the output of
     parameters: dict  # id of a parameter -> (plain first name, is it a matrix)
@@ -461,6 +461,10 @@ class _Graph:
             if not new:
                 waiting.pop()
         return self.made[node]
+
+# %% ../../nbs/11a_heads.ipynb #a9c316c6
+class _Graph(_Sources):
+    "Which nodes of the autograd graph are products with which layer's matrix"
 
     def matrices(self, node):
         "First names of the own parameters that a product multiplies data by"
@@ -499,26 +503,35 @@ class _Graph:
             found.setdefault(path, []).append(node)
         return found
 
-    def feeds(self, ends):
-        "Paths of layers among `ends` that another one of them is computed from"
-        found = set()
-        for path, nodes in ends.items():
-            before = [n for node in nodes for n, _ in node.next_functions]
-            met = {p for _, p in self.walk(before, through=True)}
-            found |= met & (set(ends) - {path})
-        return found
+# %% ../../nbs/11a_heads.ipynb #8281c4ee
+def _behind(graph, nodes):
+    "All (node, path) of products that some nodes are computed from"
+    return graph.walk([n for o in nodes for n, _ in o.next_functions], through=True)
 
-    def inner(self, ends):
-        "First names of own matrices among `ends` that an inner product multiplies by as well"
-        found = set()
-        for nodes in ends.values():
-            names = {name for o in nodes if o not in self.outputs for name in self.matrices(o)}
-            behind = self.walk([n for o in nodes for n, _ in o.next_functions], through=True)
-            met = [(o, path) for o, path in behind if names]
-            called = {path for o, path in met if o in self.outputs}
-            used = {name for o, _ in met if o not in self.outputs for name in self.matrices(o)}
-            found |= names & used.union(*(self.held[path] for path in called))
-        return sorted(found)
+
+def _fed(graph, ends):
+    "Paths of layers among `ends` that another one of them is computed from"
+    found = set()
+    for path, nodes in ends.items():
+        met = {p for _, p in _behind(graph, nodes)}
+        found |= met & (set(ends) - {path})
+    return found
+
+
+def _own_names(graph, nodes):
+    "First names of the matrices in products that are not the call of a layer"
+    return {name for o in nodes if o not in graph.outputs for name in graph.matrices(o)}
+
+
+def _used_inside(graph, ends):
+    "First names of own matrices among `ends` that an inner product multiplies by as well"
+    found = set()
+    for nodes in ends.values():
+        if names := _own_names(graph, nodes):
+            met = list(_behind(graph, nodes))
+            called = [graph.held[path] for o, path in met if o in graph.outputs]
+            found |= names & _own_names(graph, [o for o, _ in met]).union(*called)
+    return sorted(found)
 
 # %% ../../nbs/11a_heads.ipynb #41d7b407
 def train_mode(
@@ -600,7 +613,7 @@ def _trace(network, loss, layers):
         value = loss()
     return value, _Graph(outputs, *parts)
 
-
+# %% ../../nbs/11a_heads.ipynb #32ced7fe
 def _is_one_layer(path, module, leaf):
     "Does a module hold one matrix and nothing else but vectors, as a linear layer does"
     if is_layer(module, (*MATRICES, *EMBEDDINGS)):
@@ -625,7 +638,7 @@ def _own_parameters(network):
             held[path].add(name)
     return parameters, entries, held
 
-
+# %% ../../nbs/11a_heads.ipynb #547bec46
 def _explain_no_gradient(network):
     params = list(network.parameters())
     frozen = sum(not p.requires_grad for p in params)
@@ -654,7 +667,7 @@ def _explain_tied(network, names, paths):
         "dense in both places, network.head_names = () prunes it like the others"
     )
 
-
+# %% ../../nbs/11a_heads.ipynb #63ea5431
 def find_head(
     network: nn.Module,  # any network, wrapped or not; as it was when this returns
     loss: Callable,  # () -> the training loss of one batch, a tensor with a gradient
@@ -672,15 +685,15 @@ def find_head(
     modules = [path for path, _ in named_modules(network)]
     order = [*modules, *graph.entries]
     paths = sorted(ends, key=lambda path: order.index(path))
-    if graph.feeds(ends):
+    if _fed(graph, ends):
         raise _explain_choice(network, paths, loss=True)
-    if inner := graph.inner(ends):
+    if inner := _used_inside(graph, ends):
         raise _explain_tied(network, inner, paths)
     inside = dict(named_modules(network))
     attention = [isinstance(inside.get(p), nn.MultiheadAttention) for p in paths]
     return tuple(_join(p, "out_proj") if a else p for p, a in zip(paths, attention))
 
-
+# %% ../../nbs/11a_heads.ipynb #9595528a
 def declare_head(
     network: nn.Module,  # any network; its innermost module gets the attribute `head_names`
     loss: Callable | None = None,  # () -> training loss of one batch, as in `find_head`
@@ -724,7 +737,7 @@ def _call_with(layer, weight, call):
 
 
 def _mixes(layer, call):
-    "Does an input of which every weight is zero still change the output; only where inputs have a place"
+    "Does an input of which every weight is zero still change the output"
     args, kwargs = call
     flat = is_layer(layer, (nn.Linear,))
     plain = flat or (is_layer(layer, _CONV[:3]) and layer.groups == 1)
@@ -742,13 +755,30 @@ def _mixes(layer, call):
     after = _call_with(layer, weight, ((other, *args[1:]), kwargs))
     return bool((after - before).norm() > 1e-3 * before.norm() + 1e-9)
 
+# %% ../../nbs/11a_heads.ipynb #fbb24e21
+def _note_call(calls, path):
+    "A hook that notes with what a layer is called first"
+
+    def hook(layer, args, kwargs):
+        calls.setdefault(path, (args, kwargs))
+
+    return hook
+
+
+def _explain_change(path, layer):
+    return ValueError(
+        f"{type(layer).__name__} {path!r} changes its weight before it multiplies by it, so zeros "
+        "in the weight would be none in the product: leave the layer out (give a list of tensor "
+        "names as preset), or freeze it"
+    )
+
 
 def check_products(
     network: nn.Module,  # any network, wrapped or not; as it was when this returns
     params: dict,  # name -> parameter that is to be pruned
     loss: Callable,  # () -> the training loss of one batch
 ):
-    "Raise a ValueError for a layer of an own class that changes its weight before it multiplies by it"
+    "Raise a ValueError for a layer of an own class that changes its weight before the product"
     wanted, calls = {id(p) for p in params.values()}, {}
     own = [o for o in _matrix_layers(network) if not type(o[1]).__module__.startswith("torch.")]
     own = [(k, m) for k, m in own if id(getattr(m, "weight", None)) in wanted]
@@ -756,9 +786,7 @@ def check_products(
         return
     with ExitStack() as stack, _untouched(network):
         for path, layer in own:
-            note = lambda m, args, kwargs, path=path: (
-                calls.setdefault(path, (args, kwargs)) and None
-            )
+            note = _note_call(calls, path)
             stack.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         loss()
         for path, layer in own:
@@ -770,8 +798,4 @@ def check_products(
             size = 1e-3 * whole.norm() + 1e-9
             adds = (one + other - whole - none).norm() <= size and none.norm() <= size
             if not adds or _mixes(layer, calls[path]):
-                raise ValueError(
-                    f"{type(layer).__name__} {path!r} changes its weight before it multiplies by it, "
-                    "so zeros in the weight would be none in the product: leave the layer out (give "
-                    "a list of tensor names as preset), or freeze it"
-                )
+                raise _explain_change(path, layer)

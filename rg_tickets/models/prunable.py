@@ -166,7 +166,7 @@ def _check_listed(name, known, uses, vectors):
             "sparse=False, or leave it out"
         )
 
-
+# %% ../../nbs/12_prunable.ipynb #2a770f8d
 def _by_list(asked, first, params, uses):
     "The choice of a list of names, all of which must be there"
     vectors = {k for k, p in params.items() if p.dim() < 2}
@@ -218,7 +218,7 @@ class _Survey:
         p = self.params[name]
         return Part(name, tuple(p.shape), p.numel(), not why, why, error)
 
-
+# %% ../../nbs/12_prunable.ipynb #00313c3a
 def _trained(network, first):
     "First names of the parameters that require a gradient"
     pairs = [(path, n, p) for path, m in named_modules(network) for n, p in m._parameters.items()]
@@ -303,7 +303,7 @@ def _head_or_none(network):
     except ValueError:
         return None
 
-
+# %% ../../nbs/12_prunable.ipynb #684d2bc1
 def _explain_errors(network, parts):
     "The error for matrices that the preset takes and that cannot be pruned"
     texts = [part.error for part in parts if part.error]
@@ -322,7 +322,7 @@ def _decide(network, preset, frozen):
         parts += _quantised(network, survey.head)
     return parts, survey.params
 
-
+# %% ../../nbs/12_prunable.ipynb #800c7f91
 def prunable(
     network: nn.Module,  # any network, wrapped or not, on any device, meta included
     preset="backbone",  # name in PRESETS, a Preset, or a list of the tensors' own names
@@ -387,14 +387,19 @@ class Description:
         )
 
     def __str__(self):
-        tensors = sum(p.pruned for p in self.matrices)
-        share = self.pruned / self.weights if self.weights else 0
-        head = "ambiguous" if self.head is None else ", ".join(self.head) or "none"
-        dense = [_say_dense(why, parts) for why, parts in self.dense.items()]
-        return (
-            f"prunes {self.pruned:,} of {self.weights:,} matrix weights ({share:.1%}) in {tensors} "
-            f"tensor{'s' * (tensors != 1)}; head = {head}; left dense: {', '.join(dense) or 'nothing'}"
-        )
+        return _say(self)
+
+# %% ../../nbs/12_prunable.ipynb #698f3127
+def _say(description):
+    "A description as one line"
+    d, tensors = description, sum(p.pruned for p in description.matrices)
+    share = d.pruned / d.weights if d.weights else 0
+    head = "ambiguous" if d.head is None else ", ".join(d.head) or "none"
+    dense = ", ".join(_say_dense(why, parts) for why, parts in d.dense.items()) or "nothing"
+    return (
+        f"prunes {d.pruned:,} of {d.weights:,} matrix weights ({share:.1%}) in {tensors} "
+        f"tensor{'s' * (tensors != 1)}; head = {head}; left dense: {dense}"
+    )
 
 
 _OWN = "own parameters, no known layer multiplies by them"
@@ -423,7 +428,7 @@ def _say_names(names):
             out.append(f"{pattern.format(*ranges)} ({len(found)} tensors)")
     return out
 
-
+# %% ../../nbs/12_prunable.ipynb #e4548f4e
 def describe(
     network: nn.Module,  # any network, wrapped or not
     preset="backbone",  # as in `prunable`
@@ -472,6 +477,7 @@ _LAYER = (
 )
 _ATTENTION = r"attention\.self\.(query|key|value)\b"
 
+# %% ../../nbs/12_prunable.ipynb #18f2b9a3
 GROUPINGS = {  # name -> rules (regular expression, label)
     "tensor": ((r"^.+$", r"\g<0>"),),
     "block": ((r"\b(layer\d+\.\d+)\.", r"\1"), *_LAYER, *_STEM, *_ENDS),
@@ -535,7 +541,7 @@ def _clashing(label, found):
         keys.setdefault(label[name], set()).add(m.key)
     return [name for name in found if len(keys[label[name]]) > 1]
 
-
+# %% ../../nbs/12_prunable.ipynb #f517a6ab
 def groups(
     names: list,  # names of the tensors of one network; a dict by name will do
     by="block",  # name in GROUPINGS, or your own rules ((regular expression, label), ...)

@@ -73,7 +73,7 @@ class RoundSchedule:
         "A whole number of weights, rounded half to even"
         return round(self.fractions[n - 1] * alive)
 
-
+# %% ../nbs/20_masks.ipynb #2ee536eb
 def make_schedule(
     prune: float | Schedule | Iterable | Callable,  # a rate, a schedule, rates, or n -> rate
     rounds: int,  # prunings that are asked for
@@ -156,7 +156,10 @@ def to(self, device):
 
 @patch_to(MaskHistory)
 def __repr__(self):
-    return f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, density {self.density():.4f})"
+    return (
+        f"MaskHistory({len(self.died)} tensors, {self.total:,} weights, {self.rounds} rounds, "
+        f"density {self.density():.4f})"
+    )
 
 # %% ../nbs/20_masks.ipynb #84929242
 def prune(
@@ -177,7 +180,8 @@ def prune(
         left = sum(alive[k] for k in names)
         if not 0 <= n < left:
             raise ValueError(
-                f"cannot remove {n} of the {left} weights left in {', '.join(map(repr, names))}: at least one must stay, a density of 0 is no network"
+                f"cannot remove {n} of the {left} weights left in {', '.join(map(repr, names))}: "
+                "at least one must stay, a density of 0 is no network"
             )
     try:
         thresholds = [

@@ -177,6 +177,17 @@ class Log:
         "Nothing is left open"
 
 # %% ../nbs/39_progress.ipynb #f6016fcd
+def _can_redraw(stream):
+    "Can bars be drawn again in place: in a terminal, or as widgets; escapes mean nothing to a pipe"
+    if type(stream).__module__.startswith("ipykernel"):
+        with contextlib.suppress(ImportError):
+            import ipywidgets  # noqa: F401
+
+            return True
+        return False
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextlib.contextmanager
 def watching(
     folder,  # a study's folder
@@ -186,7 +197,7 @@ def watching(
     if os.environ.get("RG_TICKETS_PROGRESS") == "off":
         yield
         return
-    seen = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+    seen = _can_redraw(sys.stderr)
     watch, over = Watch(folder) if seen else Log(folder), threading.Event()
     every = every if seen else max(every, 5)
 

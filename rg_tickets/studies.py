@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 import pandas as pd
 from .basics import lookup
+from .models.heads import below
 from .models.names import state
 from .models.prunable import heads
 from .progress import note
@@ -209,8 +210,8 @@ _FITTING = set()  # pairs that were found to fit
 def _backbone(spec, keep):
     "Name -> shape of what a ticket brings: all but the head and what the target keeps"
     network = meta_network(spec)
-    stays = tuple(f"{o}." for o in (*heads(network), *keep))
-    return {k: tuple(t.shape) for k, t in state(network).items() if not k.startswith(stays)}
+    stays = (*heads(network), *keep)
+    return {k: tuple(t.shape) for k, t in state(network).items() if not below(k, stays)}
 
 
 def _check_fits(source, target, keep):

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .basics import lookup, replacing
 from .masks import MaskHistory
+from .models.heads import below
 from .models.names import named_modules, plain_name, state, tied, unwrap
 from .models.prunable import heads
 from .selection import ALIVE
@@ -89,7 +90,7 @@ def save_tensors(
 
 _BLANK = "0" * 64
 
-
+# %% ../nbs/21_tickets.ipynb #1f81b4be
 def _check_size(path, tensors, text):
     "Refuse to write what `load_tensors` would refuse to read"
     if len(tensors) > MAX_TENSORS:
@@ -175,7 +176,7 @@ def _parse(text):
         raise ValueError("it is no object")
     return found
 
-
+# %% ../nbs/21_tickets.ipynb #3bdaa9d1
 def _read_header(path):
     "What the start of a safetensors file lists: tensor -> type, shape and place; and metadata"
     size = path.stat().st_size
@@ -283,7 +284,8 @@ class Ticket:
 
     @classmethod
     def load(cls, path):
-        "Read a ticket; a damaged or foreign file raises a TicketError that says what is wrong"
+        "Read a ticket, or the only one in a folder; a TicketError says what is wrong with a file"
+        path = _find_ticket(Path(path))
         return _ticket(path, *load_tensors(path, "ticket"))
 
     def __repr__(self):
@@ -293,7 +295,7 @@ class Ticket:
             f"{h.total:,} prunable weights, {h.rounds} prunings, density {h.density():.4f})"
         )
 
-
+# %% ../nbs/21_tickets.ipynb #b653dbe0
 def network_facts(
     network: torch.nn.Module,  # any network, wrapped or not
     head: list | None = None,  # names of modules, by default what `heads` finds
@@ -302,6 +304,34 @@ def network_facts(
     return dict(tied=tied(network), head=list(heads(network) if head is None else head))
 
 # %% ../nbs/21_tickets.ipynb #7673a06d
+def _is_ticket(path):
+    "Does a file say that it is a ticket; one that is called so may be damaged"
+    if path.name == "ticket.safetensors":
+        return True
+    try:
+        return bool(_note(path, "ticket", _read_header(path)))
+    except (TicketError, OSError):
+        return False
+
+
+def _find_ticket(path):
+    "The file of a ticket: the path itself, or the only ticket in this folder and those in it"
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")])
+    found = [p for p in files if p.is_file() and _is_ticket(p)]
+    if path.is_dir() and len(found) == 1:
+        return found[0]
+    names = _some([str(p.relative_to(folder)) for p in found])
+    if path.is_dir() and found:
+        raise TicketError(
+            f"{path} is a folder with {len(found)} tickets ({names}): give the file of one of them"
+        )
+    there = f"; in {folder} there is {names}" if found else ""
+    raise FileNotFoundError(errno.ENOENT, f"no ticket file here{there}", str(path))
+
+# %% ../nbs/21_tickets.ipynb #8c520fc1
 def _header(ticket):
     "What a ticket's file says beside its tensors"
     return dict(
@@ -384,7 +414,7 @@ def _wrong_facts(ticket):
     if odd:
         yield f"the tied tensor {_some(odd)} has weights of its own, or none"
 
-
+# %% ../nbs/21_tickets.ipynb #4aece590
 def _wrong_masks(ticket):
     "What is wrong with masks and the weights under them, in words"
     follows = isinstance(ticket.about.get("masks"), str)  # another ticket's masks, revealed in turn
@@ -423,11 +453,11 @@ def _same_tensor(ticket, names):
     return next((k for k in names if k in died), names[0]) if same else None
 
 
-def _under(modules):
-    "Is a name that of a tensor in one of these modules"
-    return lambda name: any(not o or name.startswith(f"{o}.") for o in modules)
+def _under(parts):
+    "Is a name that of a tensor in one of these modules, or is it one of these parameters"
+    return lambda name: below(name, parts)
 
-
+# %% ../nbs/21_tickets.ipynb #ac356c2e
 def _match(ticket, network, head, own=(), leave=False):
     "Network's first name -> ticket's name or None; the ticket's names left over; ties that differ"
     inside = _under([] if head else {*heads(network), *ticket.about.get("head", [])})
@@ -478,7 +508,7 @@ def _without_module(ticket, network):
         )
     return ticket
 
-
+# %% ../nbs/21_tickets.ipynb #24316df0
 def _owners(network):
     "Every name of a parameter -> (module, attribute) where it lives"
     return {
@@ -533,7 +563,7 @@ def fit_to(
         about=ticket.about | dict(tied={k: o for k, o in tied(network).items() if o in pairs}),
     )
 
-
+# %% ../nbs/21_tickets.ipynb #3c06111c
 def _in_order(names, match):
     "The pairs of a match whose second part is among the ticket's `names`, in the ticket's order"
     at = {k: i for i, k in enumerate(names)}
@@ -564,35 +594,18 @@ def apply(
     return network
 
 # %% ../nbs/21_tickets.ipynb #2836eddd
-_HOLDS, _WATCH = (
-    weakref.WeakSet(),
-    [],
-)  # holds in force; the hook on all optimizers, once there is one
-
-
-class _Hold:
-    "The masks in force on a network, and the hooks that enforce them"
+class _Places:
+    "The masks in force on a network, and the parameters that they are for"
 
     def __init__(self, places):
         self.places = places  # (module, attribute, bool tensor) for every name of a parameter
         self.handles = []  # of the hooks on modules
         self.bound = {}  # id of a parameter -> (parameter, its mask as factor, handle of its hook)
-        self.watch()
 
     def __getstate__(self):
         return dict(
             places=self.places, handles=self.handles, bound={}
         )  # a copy hooks its own tensors
-
-    def __setstate__(self, found):
-        self.__dict__ |= found
-        self.watch()
-
-    def watch(self):
-        "Hear of the steps of every optimizer"
-        _HOLDS.add(self)
-        if not _WATCH:
-            _WATCH.append(register_optimizer_step_post_hook(_after_step))
 
     def bind(self):
         "Hook the parameters that the modules have now, and let go of those they had before"
@@ -606,16 +619,6 @@ class _Hold:
             handle and handle.remove()
         self.bound = now
 
-    def before_forward(self, module, args):
-        "Pruned weights are zero in every forward pass"
-        if torch.compiler.is_compiling():  # what follows becomes part of the graph
-            for owner, attribute, mask in self.places:
-                w = getattr(owner, attribute)
-                w.data.mul_(mask.to(w.device))
-        else:
-            self.bind()
-            self.multiply(self.bound)
-
     def multiply(self, ids):
         "Multiply parameters by masks; through `data`, so that a graph made before stays good"
         for key in ids:
@@ -627,6 +630,52 @@ class _Hold:
         for module, attribute, mask in self.places:
             w = module._parameters[attribute]
             w.data.masked_fill_(~mask.to(w.device), 0)
+
+# %% ../nbs/21_tickets.ipynb #2836edde
+_HOLDS, _WATCH = (
+    weakref.WeakSet(),
+    [],
+)  # holds in force; the hook on all optimizers, once there is one
+
+
+class _Hold(_Places):
+    "The hooks that enforce masks on a network"
+
+    def __init__(self, places):
+        super().__init__(places)
+        self.watch()
+
+    def __setstate__(self, found):
+        self.__dict__ |= found
+        self.watch()
+
+    def watch(self):
+        "Hear of the steps of every optimizer"
+        _HOLDS.add(self)
+        if not _WATCH:
+            _WATCH.append(register_optimizer_step_post_hook(_after_step))
+
+    def hook_modules(self, *networks):
+        "Hear of forward passes of the networks, and of the state_dict of every part"
+        for m in dict.fromkeys(networks):
+            self.handles.append(m.register_forward_pre_hook(self.before_forward))
+        for m in dict.fromkeys((*networks, *(m for m, _, _ in self.places))):
+            self.handles.append(m.register_state_dict_pre_hook(self.before_saving))
+
+    def before_saving(self, module, prefix, keep_vars):
+        "Pruned weights are zero in every state_dict"
+        self.bind()
+        self.multiply(self.bound)
+
+    def before_forward(self, module, args):
+        "Pruned weights are zero in every forward pass"
+        if torch.compiler.is_compiling():  # what follows becomes part of the graph
+            for owner, attribute, mask in self.places:
+                w = getattr(owner, attribute)
+                w.data.mul_(mask.to(w.device))
+        else:
+            self.bind()
+            self.multiply(self.bound)
 
 # %% ../nbs/21_tickets.ipynb #02066e7e
 def _bound(found, p):
@@ -653,7 +702,7 @@ def _after_step(optimizer, args, kwargs):
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         held.multiply(mine & held.bound.keys())
 
-
+# %% ../nbs/21_tickets.ipynb #1f36ba90
 def _find_masks(network, ticket, n, head):
     "The network's first name -> mask, or a TicketError for a mask without a place"
     given, about = ticket, {}
@@ -683,7 +732,7 @@ def hold(
     n: int | None = None,  # the mask after n prunings, by default the last
     head: bool = True,  # False: masks of the head are left out
 ) -> torch.nn.Module:  # the network
-    "Keep pruned weights at zero in any training loop until `release`; kept ones are not touched"
+    "Keep pruned weights at zero in every step, forward pass and state_dict, until `release`"
     inner, masks = unwrap(network), _find_masks(network, ticket, n, head)
     below = [k for k, m in inner.named_modules() if k and "_held" in m.__dict__]
     if below:
@@ -693,15 +742,13 @@ def hold(
     owners, names = _owners(network), _all_names(state(network), tied(network))
     places = [(*owners[o], m.bool()) for k, m in masks.items() for o in names[k]]
     held = _Hold([(m, k, mask.to(m._parameters[k].device)) for m, k, mask in places])
-    held.handles = [
-        m.register_forward_pre_hook(held.before_forward) for m in dict.fromkeys((network, inner))
-    ]
+    held.hook_modules(network, inner)
     inner.__dict__["_held"] = held
     held.fill()
     held.bind()
     return network
 
-
+# %% ../nbs/21_tickets.ipynb #6cb28f21
 def release(
     network: torch.nn.Module,  # a held one
 ) -> torch.nn.Module:  # the network, a plain one
@@ -740,7 +787,7 @@ def to_state_dict(
     }
     return dense | {k: dense[first] for k, first in ticket.about.get("tied", {}).items()}
 
-
+# %% ../nbs/21_tickets.ipynb #85331e1f
 SPARSE = {  # layout -> from a sparse tensor with coordinates
     "csr": torch.Tensor.to_sparse_csr,
     "csc": torch.Tensor.to_sparse_csc,
@@ -766,7 +813,7 @@ def to_sparse(
         out[k] = convert(_coordinates(w, m))
     return out, {k: tuple(ticket.weights[k].shape) for k in out}
 
-
+# %% ../nbs/21_tickets.ipynb #d114ed11
 def to_torch_prune(
     ticket: Ticket,  # what to put in
     network: torch.nn.Module,  # changed in place, unless the ticket does not fit
@@ -782,7 +829,18 @@ def to_torch_prune(
     for (module, attribute), mask in places.items():  # a module with two names is one place
         mask = mask.to(module._parameters[attribute].device)
         torch_prune.custom_from_mask(module, attribute, mask)
+    for module in network.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.register_forward_pre_hook(_mask_output)
     return network
+
+
+def _mask_output(attention, args):
+    "Compute the pruned output matrix of an attention, which uses it without calling the layer"
+    layer = attention.out_proj
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, torch_prune.BasePruningMethod):
+            hook(layer, ())
 
 # %% ../nbs/21_tickets.ipynb #ef470529
 def save_trained(

@@ -149,8 +149,8 @@ def travelling(
 
 
 def _below(modules):
-    "Is a tensor in one of these modules"
-    return lambda name: name.startswith(tuple(f"{o}." for o in modules))
+    "Is a tensor in one of these modules, or is it one of them"
+    return lambda name: name in modules or name.startswith(tuple(f"{o}." for o in modules))
 
 
 def _check_stem(ticket, mine):

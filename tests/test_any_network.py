@@ -1,6 +1,9 @@
 "Networks with habits of their own: hooks, flags, skipped layers, changed heads, weights that are transformed"
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from rg_tickets.basics import generator, seeded
 from rg_tickets.imp import imp
 from rg_tickets.models.prunable import declare_head, describe, heads
 from rg_tickets.tasks.core import Task
-from rg_tickets.tickets import Ticket, TicketError, hold
+from rg_tickets.tickets import Ticket, TicketError, apply, hold
 from rg_tickets.train import Recipe
+from rg_tickets.transfer import transfer
 
 x = torch.randn(96, 8, generator=generator(0, "any network"))
 data = TensorDataset(x, (x[:, 0] > 0).long())
@@ -196,3 +200,88 @@ def test_a_ticket_of_a_hooked_network_resumes_to_the_bit(tmp_path):
     run(Hooked(), folder=tmp_path / "part")
     one, other = (Ticket.load(tmp_path / o / "ticket.safetensors") for o in ("whole", "part"))
     assert all(torch.equal(d, other.history.died[k]) for k, d in one.history.died.items())
+
+
+SAYS = """
+import logging, sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from rg_tickets.imp import imp
+from rg_tickets.tasks.core import Task
+from rg_tickets.train import Recipe
+
+if sys.argv[1] == "logged":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="LOG %(message)s")
+data = TensorDataset(torch.randn(32, 8), torch.arange(32) % 2)
+task = Task.from_loaders(DataLoader(data, 16), DataLoader(data, 16))
+for seed in range(2):
+    network = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = (lambda *step: None) if sys.argv[1] == "reported" else None
+    list(imp(task, network, 0, 0.3, recipe=Recipe(epochs=1), seed=seed, report=report))
+"""
+
+
+@pytest.mark.parametrize("how, lines", [("plain", 1), ("logged", 2), ("reported", 0), ("off", 0)])
+def test_a_script_says_what_it_prunes(how, lines, tmp_path):
+    "On stderr, once; in a log if there is one; not beside a reporter"
+    (tmp_path / "script.py").write_text(SAYS)
+    env = {k: v for k, v in os.environ.items() if k != "RG_TICKETS_PROGRESS"}
+    env |= {"RG_TICKETS_PROGRESS": "off"} if how == "off" else {}
+    command = [sys.executable, "script.py", how]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = "prunes 32 of 40 matrix weights (80.0%) in 1 tensor; head = 2;"
+    shown = " ".join(done.stderr.split())
+    assert shown.count(said) == lines and ("LOG" in shown) == (how == "logged"), done.stderr
+    assert not done.stdout and max(map(len, done.stderr.splitlines()), default=0) <= 180
+
+
+def test_following_the_message_about_a_penalty_trains():
+    "A loss that multiplies a weight by numbers of its own hides the head; naming it helps"
+    network, vector = Body(), torch.ones(16)
+    penalised = lambda output, target: (
+        nn.functional.cross_entropy(output, target) + (network.b.weight @ vector).pow(2).sum()
+    )
+    loaders = DataLoader(data, 16, shuffle=True), DataLoader(data, 32)
+    with pytest.raises(ValueError, match=r"Say which .* network.head_names = \('fc',\)"):
+        run(network, lambda: Task.from_loaders(*loaders, penalised))
+    network.head_names = ("fc",)
+    rounds = run(network, lambda: Task.from_loaders(*loaders, penalised))
+    assert describe(network).head == ("fc",) and rounds[-1].density < 0.5
+
+
+def test_head_names_are_checked_before_anything_else():
+    network, calls = Body(), []
+    network.head_names = ("fcc",)
+    network.register_forward_pre_hook(lambda *o: calls.append(o))
+    with pytest.raises(ValueError, match="head_names of Body has 'fcc', .* did you mean 'fc'"):
+        run(network)
+    assert not calls
+
+
+def test_a_network_with_a_raw_head_travels_without_it(tmp_path):
+    "The head of the ticket is one parameter; another task keeps its own"
+
+    class Raw(Body):
+        def __init__(self):
+            super().__init__()
+            del self.fc
+            self.proj = nn.Parameter(self.b.weight.detach()[:, :2].clone())
+
+        def forward(self, x):
+            return self.hidden(x) @ self.proj
+
+    run(Raw(), folder=tmp_path)
+    ticket = Ticket.load(tmp_path)
+    assert ticket.about["head"] == ["proj"] and set(ticket.history.died) == {"a.weight", "b.weight"}
+    other = Raw()
+    with torch.no_grad():
+        other.proj.fill_(7)
+    declare_head(other, lambda: other(x).sum())
+    apply(ticket, other, head=False)
+    assert (other.proj == 7).all() and torch.equal(
+        other.b.weight != 0, ticket.history.mask()["b.weight"]
+    )
+    found = transfer(task(), other, ticket, 1, recipe=BRIEF, device="cpu")
+    assert found["t"] == pytest.approx(ticket.history.time(1), abs=1e-6)

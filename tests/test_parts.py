@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
-from rg_tickets.models.heads import declare_head, find_head, heads
+from rg_tickets.basics import generator
+from rg_tickets.models.heads import check_head_names, declare_head, find_head, heads
 from rg_tickets.models.names import (
     named_modules,
     named_parameters,
@@ -730,6 +731,152 @@ def test_an_own_parameter_may_be_the_head():
     assert list(prunable(net)) == ["body.weight"]
 
 
+def raw(*shape):
+    return nn.Parameter(torch.randn(shape, generator=generator(0, f"raw {shape}")))
+
+
+def mixed(m, x):
+    "Experts in one stack, of which two are used"
+    return m.body(x) @ m.w[0] + m.body(x) @ m.w[1]
+
+
+RAW_HEADS = {  # forward pass -> (own parameters, the head)
+    "matmul": (lambda m, x: m.body(x) @ m.w, dict(w=(4, 2)), ("w",)),
+    "linear": (lambda m, x: F.linear(m.body(x), m.w), dict(w=(2, 4)), ("w",)),
+    "einsum": (lambda m, x: torch.einsum("bi,io->bo", m.body(x), m.w), dict(w=(4, 2)), ("w",)),
+    "tensordot": (lambda m, x: torch.tensordot(m.body(x), m.w, 1), dict(w=(4, 2)), ("w",)),
+    "addmm": (lambda m, x: torch.addmm(m.c, m.body(x), m.w), dict(w=(4, 2), c=(1, 2)), ("w",)),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(m.c, m.body(x)[None], m.w),
+        dict(w=(1, 4, 2), c=(1, 1, 2)),
+        ("w",),
+    ),
+    "conv": (lambda m, x: F.conv1d(m.body(x)[:, None], m.w), dict(w=(2, 1, 4)), ("w",)),
+    "bilinear": (lambda m, x: F.bilinear(m.body(x), x, m.w), dict(w=(2, 4, 4)), ("w",)),
+    "vector": (lambda m, x: m.body(x) @ m.w, dict(w=(4,)), ("w",)),
+    "low rank": (lambda m, x: m.body(x) @ (m.u @ m.v), dict(u=(4, 1), v=(1, 4)), ("u", "v")),
+    "cosine": (
+        lambda m, x: F.linear(F.normalize(m.body(x)), F.normalize(m.w)),
+        dict(w=(3, 4)),
+        ("w",),
+    ),
+    "masked": (lambda m, x: m.body(x) @ (m.w * torch.ones(4, 2)), dict(w=(4, 2)), ("w",)),
+    "experts": (mixed, dict(w=(2, 4, 2)), ("w",)),
+}
+
+
+@pytest.mark.parametrize("kind", RAW_HEADS)
+def test_a_head_that_is_a_parameter_is_that_parameter_alone(kind):
+    rule, shapes, head = RAW_HEADS[kind]
+    net, x = Net(rule, body=linear(), **{k: raw(*s) for k, s in shapes.items()}), torch.ones(3, 4)
+    assert flow(net, x) == head
+    declare_head(net, lambda: total(net(x)))
+    assert heads(net) == head and list(prunable(net)) == ["body.weight"]
+    assert all(net.get_parameter(k).dim() < 2 or k in str(describe(net)) for k in shapes)
+    assert {k for k, r in roles(net).items() if r == "head"} == set(head)
+
+
+def test_a_parameter_in_a_list_is_told_from_its_neighbours():
+    own = nn.ParameterList([raw(4, 4) for _ in range(12)])
+    net = Net(lambda m, x: (m.body(x) @ m.own[10]).relu() @ m.own[1], body=linear(), own=own)
+    assert flow(net, torch.ones(1, 4)) == ("own.1",)  # and own.10 is not below it
+    declare_head(net, lambda: net(torch.ones(1, 4)).sum())
+    assert [p.name for p in describe(net).dense["head"]] == ["own.1"]
+    named = Net(
+        lambda m, x: m.body(x) @ m.own["a"],
+        body=linear(),
+        own=nn.ParameterDict(dict(a=raw(4, 2), b=raw(4, 2))),
+    )
+    assert flow(named, torch.ones(1, 4)) == ("own.a",)
+
+
+def test_a_parameter_that_shares_its_memory_is_known_by_it():
+    net = Net(lambda m, x: m.body(x) @ m.out, body=linear(), last=linear())
+    net.out = nn.Parameter(net.last.weight.data)
+    assert flow(net, torch.ones(1, 4)) == ("out",)
+    declare_head(net, lambda: net(torch.ones(1, 4)).sum())
+    assert {k: len(o) for k, o in describe(net).dense.items()} == {"head": 1}
+    net.rule = lambda m, x: m.last(x).relu() @ m.out
+    with pytest.raises(ValueError, match="tied to an inner layer"):
+        flow(net, torch.ones(1, 4))
+
+
+def autoencoder():
+    return Net(
+        lambda m, x: F.linear(m.encoder(x).relu(), m.encoder.weight.t()), encoder=nn.Linear(4, 2)
+    )
+
+
+def test_a_head_that_is_tied_to_an_inner_layer_is_for_the_user_to_declare():
+    x = torch.ones(1, 4)
+    own = Net(lambda m, x: (m.body(x) @ m.w).relu() @ m.w.t(), body=linear(), w=raw(4, 2))
+    for net, name in ((autoencoder(), "encoder.weight"), (own, "w")):
+        with pytest.raises(ValueError, match=f"tied to an inner layer: .* is {name}, by which"):
+            declare_head(net, lambda: net(x).sum())
+    net = autoencoder()
+    net.head_names = ("encoder",)  # both advices of the message
+    assert declare_head(net, lambda: net(x).sum()) == ("encoder",)
+    assert describe(net).dense.keys() == {"head"}
+    net.head_names = ()
+    assert declare_head(net, lambda: net(x).sum()) == () and list(prunable(net)) == [
+        "encoder.weight"
+    ]
+
+
+def test_experts_in_stacks_are_left_dense_and_said_by_name():
+    config = transformers.MixtralConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    net = transformers.MixtralForCausalLM(config)
+    stacks = [k for k, p in net.named_parameters() if p.dim() == 3]
+    said = str(describe(net))
+    assert len(stacks) == 4 and all(k in said for k in stacks)
+    many = nn.ModuleList(nn.ParameterList([raw(4, 4)]) for _ in range(12))
+    assert "net.{0-11}.0 (12 tensors)" in str(describe(nn.ModuleDict(dict(net=many, a=linear()))))
+
+
+def test_penalties_on_weights_are_no_part_of_the_flow():
+    net, x = Net(lambda m, x: m.b(m.a(x)), a=linear(), b=linear()), torch.ones(1, 4)
+    w = net.a.weight
+    assert find_head(net, lambda: net(x).sum() + (w @ w.t() - torch.eye(4)).pow(2).sum()) == ("b",)
+    vector = torch.ones(4)  # as in power iteration: these may be data
+    loss = lambda: net(x).sum() + (w @ vector).pow(2).sum()
+    with pytest.raises(ValueError, match="ambiguous: .*'a' .* or 'b'") as found:
+        declare_head(net, loss)
+    assert "let a batch decide" not in str(found.value)
+    net.head_names = ("b",)  # what the message says
+    assert declare_head(net, loss) == ("b",) and list(prunable(net)) == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (("",), "has '', which is the whole network, so that nothing would be pruned"),
+        (("a.wieght",), "has 'a.wieght', .*did you mean 'a.weight'"),
+        (("nothing",), "has 'nothing', which is no module or parameter .*'a', 'b'"),
+        ((nn.Linear(1, 1),), "has Linear.*Give names as in named_modules"),
+        ((["a"],), r"has \['a'\], which is no module"),
+    ],
+)
+def test_head_names_that_name_nothing_are_refused(names, says):
+    net = nn.ModuleDict(dict(a=linear(), b=linear()))
+    net.head_names = names
+    for check in (heads, check_head_names, prunable, lambda net: declare_head(net, lambda: 1 / 0)):
+        with pytest.raises(ValueError, match=says):
+            check(net)
+    layer = linear()
+    layer.head_names = ("",)
+    assert heads(layer) == ("",)  # a network of one layer
+    net.head_names = ("b.weight",)
+    assert heads(net) == ("b.weight",) and list(prunable(net)) == ["a.weight"]
+
+
 class Cube(torch.autograd.Function):
     "A product that autograd knows nothing about"
 
@@ -771,8 +918,7 @@ def test_the_flow_through_odd_graphs():
     assert flow(normed, x) == ("b",)
     decayed = lambda: cast(x).sum() + sum(p.pow(2).sum() for p in cast.parameters())
     assert find_head(cast, decayed) == ("b",)
-    with pytest.raises(ValueError, match="ambiguous"):
-        find_head(cast, lambda: cast(x).sum() + penalty(cast))
+    assert find_head(cast, lambda: cast(x).sum() + penalty(cast)) == ("b",)
     wide = Net(
         lambda m, x: m.out(m.deep(x)) + m.wide(x.long()),
         deep=nn.Embedding(3, 4),

@@ -1,6 +1,6 @@
 "Runs and their folders: files that are whole at any time, names, plain numbers, every combination of controls"
 
-import hashlib, itertools, json, subprocess, sys
+import hashlib, io, itertools, json, subprocess, sys
 from dataclasses import replace
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from playing import play
 from rg_tickets import notebooks
 from rg_tickets.batches import Kept, Step, Study
 from rg_tickets.imp import CONTROLS
+from rg_tickets.progress import note, plan, watching
 from rg_tickets.runs import execute, grid, trajectories, write_csv, write_figure, write_text
 from rg_tickets.specs import Spec, check
 from rg_tickets.stretching import Bridge, Stretching
@@ -293,3 +294,50 @@ def test_kinds_of_transfers(name, tmp_path_factory):
             kinds = ["own", "transferred", *some]
             play(name, folder, **given, kinds=kinds)
             assert set(pd.read_csv(folder / "gaps.csv").kind) == set(kinds)
+
+
+# What is shown
+
+
+class Stream(io.StringIO):
+    "A stream that is a terminal, or not"
+
+    def __init__(self, tty):
+        super().__init__()
+        self.tty = tty
+
+    def isatty(self):
+        return self.tty
+
+
+class KernelStream(Stream):
+    __module__ = "ipykernel.iostream"
+
+
+@pytest.mark.parametrize(
+    "stream, widgets, term, bars",
+    [
+        (Stream(True), True, "xterm", True),
+        (Stream(True), True, "dumb", False),
+        (Stream(False), True, "xterm", False),
+        (KernelStream(False), False, "xterm", False),
+    ],
+    ids=["terminal", "dumb terminal", "pipe", "notebook without widgets"],
+)
+def test_bars_are_drawn_where_they_can_be_drawn_again(
+    stream, widgets, term, bars, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("RG_TICKETS_PROGRESS", raising=False)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stderr", stream)
+    if not widgets:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    runs = [replace(SMALL, seed=s) for s in (0, 1)]
+    plan(tmp_path, runs)
+    with watching(tmp_path, every=0.05):
+        for run in runs:
+            (tmp_path / run.id).mkdir()
+            note(tmp_path / run.id, 1, 1, 2, run.rounds)
+    shown = stream.getvalue()
+    assert ("\x1b[A" in shown) == ("\r" in shown) == bars
+    assert ("round 0 of 2 done" in shown) == (not bars)

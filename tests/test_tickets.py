@@ -1,6 +1,6 @@
 "Tickets of tied, shared and wrapped networks; masks that hold in any loop; the ways out"
 
-import copy, io, json, multiprocessing, os, time
+import copy, io, json, multiprocessing, os, pickle, time
 import pytest
 import torch
 import torch.nn.functional as F
@@ -640,6 +640,45 @@ def test_changes_of_a_held_network():
     assert density(release(net), ticket) == ticket.history.density()
 
 
+@pytest.mark.parametrize("where", ["network", "part", "wrapper", "parent"])
+def test_a_state_that_is_saved_after_an_update_by_hand_has_the_zeros(where):
+    net, ticket = mixed()
+    hold(net, ticket)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 1
+    assert not all_zero(net, ticket)  # as the text says: not at once
+    if where == "part":
+        saved = {f"lstm.{k}": t for k, t in net.lstm.state_dict().items()}
+    elif where == "network":
+        saved = copy.deepcopy(net.state_dict())
+    else:
+        made = nn.DataParallel(net) if where == "wrapper" else nn.ModuleDict(dict(module=net))
+        saved = {k.removeprefix("module."): t for k, t in made.state_dict().items()}
+    masks = {k: m for k, m in ticket.history.mask().items() if k in saved}
+    assert masks and all(torch.equal(saved[k] != 0, m) for k, m in masks.items())
+    release(net)
+    assert not any(m._state_dict_pre_hooks for m in net.modules())
+    with torch.no_grad():
+        net.conv.weight.fill_(1)
+    assert net.state_dict()["conv.weight"].all()
+
+
+def test_a_functional_call_with_own_parameters_is_masked_by_the_caller():
+    "What the text says of `torch.func.functional_call`"
+    net, ticket = mixed()
+    hold(net, ticket)
+    net.eval()
+    x, masks = batch(0)[0], ticket.history.mask()
+    own = {k: torch.ones_like(p) for k, p in net.named_parameters()}
+    mine = {k: p * masks[k] if k in masks else p for k, p in own.items()}
+    dense, sparse = (torch.func.functional_call(net, o, (x,)) for o in (own, mine))
+    with torch.no_grad():
+        for k, p in net.named_parameters():
+            p.fill_(1)
+    assert torch.equal(sparse, net(x)) and not torch.equal(dense, sparse)
+
+
 def test_functional_calls_use_what_they_are_given():
     net, ticket = mixed()
     hold(net, ticket)
@@ -780,6 +819,78 @@ def test_torchs_own_format_and_back(build):
     plain = apply(ticket, make(2, build), 1)
     assert torch.equal(out, plain(x)) and torch.equal(other(x), out)
     assert all(torch.equal(t, plain.state_dict()[k]) for k, t in other.state_dict().items())
+
+
+class Attends(nn.Module):
+    "An attention whose matrices are one (or three), in a layer of a transformer"
+
+    def __init__(self, kdim=None):
+        super().__init__()
+        self.mix = nn.MultiheadAttention(8, 2, kdim=kdim, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(8, 3)
+        self.kdim = kdim or 8
+
+    def forward(self, x):
+        key = x[..., : self.kdim]
+        return self.out(self.layer(self.mix(x, key, x)[0]).mean(1))
+
+
+@pytest.mark.parametrize("kdim", [None, 4], ids=["one matrix", "three matrices"])
+def test_an_attention_in_torchs_own_format_trains(kdim):
+    "As a network whose weights are multiplied by the masks by hand does, and the zeros stay"
+    with seeded(0, "init"):
+        net = Attends(kdim)
+    ticket = pruned(net)
+    net = to_torch_prune(ticket, net)
+    x, y = torch.randn(16, 5, 8), torch.arange(16) % 3
+    opt = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        losses.append(F.cross_entropy(net(x), y))
+        losses[-1].backward()
+        opt.step()
+    assert losses[-1] < losses[0] - 0.05
+    net.eval()
+    with torch.no_grad():
+        out = net(x)  # the fast path must not use the matrices of the last pass
+    net = pickle.loads(pickle.dumps(net))
+    for module in net.modules():
+        for leaf in [k.removesuffix("_orig") for k in module._parameters if k.endswith("_orig")]:
+            torch_prune.remove(module, leaf)
+    assert torch.allclose(out, net(x), atol=1e-6)
+    masks = ticket.history.mask()
+    assert "mix.out_proj.weight" in masks and all_zero(net, ticket)
+    assert all(not torch.equal(net.get_parameter(k), ticket.weights[k] * masks[k]) for k in masks)
+
+
+def test_a_folder_of_one_ticket_loads_and_others_say_what_is_there(tmp_path):
+    net, ticket = mixed()
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match=r"no ticket file here: '.*run'"):
+        Ticket.load(run)
+    ticket.save(run / "ticket.safetensors")
+    save_tensors(run / "state.safetensors", {}, {}, "state")
+    (run / "model.safetensors").write_bytes(b"something else")
+    for path in (run, str(run), tmp_path):
+        assert digest(Ticket.load(path).weights) == digest(ticket.weights)
+    with pytest.raises(
+        FileNotFoundError, match=r"no ticket file .*run there is ticket.safetensors"
+    ):
+        Ticket.load(run / "tickets.safetensors")
+    ticket.save(run / "early.safetensors")
+    with pytest.raises(
+        TicketError, match=r"folder with 2 tickets \(early.safetensors, ticket.safetensors\): give"
+    ):
+        Ticket.load(run)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no ticket file here: '.*empty'"):
+        Ticket.load(tmp_path / "empty")
+    (run / "early.safetensors").unlink()
+    (run / "ticket.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TicketError, match=r"ticket.safetensors cannot be read"):
+        Ticket.load(run)
 
 
 def test_onnx(tmp_path):

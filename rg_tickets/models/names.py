@@ -123,7 +123,7 @@ def _entries(network):
             found.append((plain, tensor))
     return found
 
-
+# %% ../../nbs/09_names.ipynb #846123f5
 def _explain_overlap(a, b):
     return ValueError(
         f"{a} and {b} share part of their memory without being the same tensor, so a mask of one "
@@ -266,7 +266,7 @@ def _explain_misfit(name, mine, given):
         return f"{name} is {given.dtype}, in the network it is {mine.dtype}"
     return None
 
-
+# %% ../../nbs/09_names.ipynb #3f3f0ddb
 def _gathered(tensors, first):
     "First name -> tensor; a ValueError if two names of one tensor come with different values"
     out, said = {}, {}

@@ -166,7 +166,7 @@ def _check_listed(name, known, uses, vectors):
             "sparse=False, or leave it out"
         )
 
-
+# %% ../../nbs/12_prunable.ipynb #2a770f8d
 def _by_list(asked, first, params, uses):
     "The choice of a list of names, all of which must be there"
     vectors = {k for k, p in params.items() if p.dim() < 2}
@@ -197,7 +197,8 @@ class _Survey:
         if p.dim() < 2:
             return "vector", ""
         if why := self.choice(names, uses):
-            return why, ""
+            own = why == "own parameter" and any(below(n, self.head) for n in names)
+            return "head" if own else why, ""
         if any(below(n, self.head) for n in (*names, *(u.name for u in uses))):
             own = below(name, self.head) or any(u.by for u in uses)
             return ("head" if own else "tied to the head"), ""
@@ -217,7 +218,7 @@ class _Survey:
         p = self.params[name]
         return Part(name, tuple(p.shape), p.numel(), not why, why, error)
 
-
+# %% ../../nbs/12_prunable.ipynb #00313c3a
 def _trained(network, first):
     "First names of the parameters that require a gradient"
     pairs = [(path, n, p) for path, m in named_modules(network) for n, p in m._parameters.items()]
@@ -302,7 +303,7 @@ def _head_or_none(network):
     except ValueError:
         return None
 
-
+# %% ../../nbs/12_prunable.ipynb #684d2bc1
 def _explain_errors(network, parts):
     "The error for matrices that the preset takes and that cannot be pruned"
     texts = [part.error for part in parts if part.error]
@@ -321,7 +322,7 @@ def _decide(network, preset, frozen):
         parts += _quantised(network, survey.head)
     return parts, survey.params
 
-
+# %% ../../nbs/12_prunable.ipynb #800c7f91
 def prunable(
     network: nn.Module,  # any network, wrapped or not, on any device, meta included
     preset="backbone",  # name in PRESETS, a Preset, or a list of the tensors' own names
@@ -386,25 +387,48 @@ class Description:
         )
 
     def __str__(self):
-        tensors = sum(p.pruned for p in self.matrices)
-        share = self.pruned / self.weights if self.weights else 0
-        head = "ambiguous" if self.head is None else ", ".join(self.head) or "none"
-        dense = [_say_dense(why, parts) for why, parts in self.dense.items()]
-        return (
-            f"prunes {self.pruned:,} of {self.weights:,} matrix weights ({share:.1%}) in {tensors} "
-            f"tensor{'s' * (tensors != 1)}; head = {head}; left dense: {', '.join(dense) or 'nothing'}"
-        )
+        return _say(self)
+
+# %% ../../nbs/12_prunable.ipynb #698f3127
+def _say(description):
+    "A description as one line"
+    d, tensors = description, sum(p.pruned for p in description.matrices)
+    share = d.pruned / d.weights if d.weights else 0
+    head = "ambiguous" if d.head is None else ", ".join(d.head) or "none"
+    dense = ", ".join(_say_dense(why, parts) for why, parts in d.dense.items()) or "nothing"
+    return (
+        f"prunes {d.pruned:,} of {d.weights:,} matrix weights ({share:.1%}) in {tensors} "
+        f"tensor{'s' * (tensors != 1)}; head = {head}; left dense: {dense}"
+    )
 
 
-_PHRASES = {"own parameter": "own parameters, no known layer multiplies by them"}
+_OWN = "own parameters, no known layer multiplies by them"
 
 
 def _say_dense(why, parts):
     "One reason, with what is left dense for it"
     what = parts[0].name if len(parts) == 1 else f"{len(parts)} tensors"
-    return f"{what} ({_PHRASES.get(why, why)}, {sum(p.weights for p in parts):,} weights)"
+    if why == "own parameter":  # the network may multiply by them in its own code: each by name
+        what, why = ", ".join(_say_names([p.name for p in parts])), _OWN
+    return f"{what} ({why}, {sum(p.weights for p in parts):,} weights)"
 
 
+def _say_names(names):
+    "The names; of many, those that differ in their numbers alone as one, e.g. layers.{0-31}.w"
+    alike = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(name)
+    out = []
+    for pattern, found in alike.items():
+        numbers = [re.findall(r"(?<=\.)\d+(?=\.)", name) for name in found]
+        if len(names) <= 8 or len(found) == 1:
+            out += found
+        else:
+            ranges = [f"{{{min(o, key=int)}-{max(o, key=int)}}}" for o in zip(*numbers)]
+            out.append(f"{pattern.format(*ranges)} ({len(found)} tensors)")
+    return out
+
+# %% ../../nbs/12_prunable.ipynb #e4548f4e
 def describe(
     network: nn.Module,  # any network, wrapped or not
     preset="backbone",  # as in `prunable`
@@ -453,6 +477,7 @@ _LAYER = (
 )
 _ATTENTION = r"attention\.self\.(query|key|value)\b"
 
+# %% ../../nbs/12_prunable.ipynb #18f2b9a3
 GROUPINGS = {  # name -> rules (regular expression, label)
     "tensor": ((r"^.+$", r"\g<0>"),),
     "block": ((r"\b(layer\d+\.\d+)\.", r"\1"), *_LAYER, *_STEM, *_ENDS),
@@ -516,7 +541,7 @@ def _clashing(label, found):
         keys.setdefault(label[name], set()).add(m.key)
     return [name for name in found if len(keys[label[name]]) > 1]
 
-
+# %% ../../nbs/12_prunable.ipynb #f517a6ab
 def groups(
     names: list,  # names of the tensors of one network; a dict by name will do
     by="block",  # name in GROUPINGS, or your own rules ((regular expression, label), ...)
@@ -548,7 +573,8 @@ def table(
 # %% ../../nbs/12_prunable.ipynb #e63d86ad
 def _explain_head(network, head, classes):
     modules = dict(named_modules(network))
-    what = " and ".join(f"{h!r} ({type(modules[h]).__name__})" for h in head) or "empty"
+    kind = {h: type(modules[h]).__name__ if h in modules else "a parameter" for h in head}
+    what = " and ".join(f"{h!r} ({o})" for h, o in kind.items()) or "empty"
     return ValueError(
         f"the head of {type(unwrap(network)).__name__} is {what}, not one nn.Linear below it: "
         f"put a head for {classes} classes there yourself"
@@ -562,7 +588,7 @@ def replace_head(
 ) -> nn.Module:  # `network`
     "Put a fresh linear head in place of the old one; any other kind of head is a ValueError"
     head, modules = heads(network), dict(named_modules(network))
-    old = modules[head[0]] if len(head) == 1 and head[0] else None
+    old = modules.get(head[0]) if len(head) == 1 and head[0] else None
     if not isinstance(old, nn.Linear):
         raise _explain_head(network, head, classes)
     with seeded(seed, "head"):

@@ -548,7 +548,7 @@ def test_progress_in_a_log_file(tmp_path):
 
 
 @pytest.fixture
-def own(tmp_path):
+def begin_imp(tmp_path):
     "A folder that was given to `imp` itself"
     x = torch.randn(96, 8, generator=generator(0, "x"))
     y = (x[:, 0] > 0).long()
@@ -559,9 +559,9 @@ def own(tmp_path):
     return functools.partial(imp, task, network, 2, **how)
 
 
-def test_a_folder_that_was_given_to_imp(own, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_was_given_to_imp(begin_imp, tmp_path, capsys, monkeypatch):
     "Rounds, accuracy and density are shown; also of many in one folder; and how to go on"
-    last = list(own())[-1]
+    last = list(begin_imp())[-1]
     table = r"(?m)^ *2 +\S+ +0\.4922 +\S+ +" + f"{last.metrics['accuracy']:.4g}"
     code, out, lines = command(["show", "own"], capsys, monkeypatch)
     assert not code and not lines and re.search(table, out), out
@@ -577,14 +577,14 @@ def test_a_folder_that_was_given_to_imp(own, tmp_path, capsys, monkeypatch):
     assert not command(["flow", "own"], capsys, monkeypatch)[0]
 
 
-def test_runs_that_stop_early_are_done(own, capsys, monkeypatch):
-    list(own(min_density=0.8))
+def test_runs_that_stop_early_are_done(begin_imp, capsys, monkeypatch):
+    list(begin_imp(min_density=0.8))
     out = command(["status", "own"], capsys, monkeypatch)[1]
     assert "round 1 of 2" in out and "1 run: 1 done" in out
 
 
-def test_a_run_of_ones_own_that_goes_on(own, capsys, monkeypatch):
-    begun = own()
+def test_a_run_of_ones_own_that_goes_on(begin_imp, capsys, monkeypatch):
+    begun = begin_imp()
     next(begun)
     assert "running" in command(["status", "own"], capsys, monkeypatch)[1]
     begun.close()

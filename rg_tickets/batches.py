@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'NODES', 'STATES', 'safe_yaml', 'Step', 'Study', 'Job', 'study_of', 'read_text', 'studies', 'read', 'check',
-           'Kept', 'in_words', 'is_single', 'status', 'lines', 'collect', 'show']
+           'Kept', 'in_words', 'is_single', 'own_runs', 'status', 'lines', 'collect', 'show']
 
 # %% ../nbs/40f_batches.ipynb #11753357
 import hashlib, itertools, json, math, re, time
@@ -445,15 +445,28 @@ class Kept:
         return full
 
 # %% ../nbs/40f_batches.ipynb #342fe96a
+def _explain_folder(folder):
+    "What to give instead of a path that holds none of our work"
+    path = Path(folder)
+    if not path.exists():
+        return f"{path} does not exist: give the folder of a study, an experiment or a run"
+    if not path.is_dir():
+        return f"{path} is a file: give its folder; `rg-tickets flow` reads tickets and tables"
+    files = "study.json", "plan.json"
+    inside = [o.name for o in sorted(path.glob("*/")) if any((o / f).exists() for f in files)]
+    return (
+        f"{path} is not the folder of a study, an experiment or a run: "
+        "it has no study.json, no plan.json and no ticket.safetensors"
+        + (f"; folders in it that have: {', '.join(inside[:9])}" if inside else "")
+    )
+
+
 @patch_to(Kept)
 def jobs(self):
     "The jobs that were asked for"
     path = self.folder / "study.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{self.folder} is not the folder of a study or of an experiment: "
-            "it has no study.json and no plan.json"
-        )
+        raise FileNotFoundError(_explain_folder(self.folder))
     try:
         return [
             Job(**{k: tuple(v) if k in ("needs", "after") else v for k, v in j.items()})
@@ -603,12 +616,71 @@ def _single(folder):
     return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
 
 
+def own_runs(
+    folder,  # any folder
+) -> list:  # of paths
+    "Folders that `imp` was given by itself: this one, or those directly in it"
+    here = Path(folder)
+    if (here / "study.json").exists() or planned(here):
+        return []
+    kept = lambda p: any((p / f"{o}.safetensors").is_file() for o in ("ticket", "state"))
+    return [p for p in (here, *sorted(here.glob("*/"))) if kept(p)]
+
+
+def _ticket(home):
+    "The ticket of a run; None if there is none yet"
+    from rg_tickets.tickets import Ticket  # loads torch, as reading a ticket must
+
+    path = home / "ticket.safetensors"
+    return Ticket.load(path) if path.is_file() else None
+
+
+def _rounds_in(ticket):
+    "The rounds that a ticket holds: a row per round"
+    row = lambda r: {k: r.get(k) for k in ("n", "time", "density")} | r.get("metrics", {})
+    return pd.DataFrame([row(r) for r in ticket.rounds] if ticket else [])
+
+
+def _is_over(ticket):
+    "Whether a ticket holds all rounds its run was to have, or the one at which it had to stop"
+    if not (ticket and ticket.rounds):
+        return False
+    about, last = ticket.about, ticket.rounds[-1]
+    first = next((v for k, v in last["metrics"].items() if k != "loss"), math.inf)
+    number = lambda k, without: about[k] if isinstance(about.get(k), (int, float)) else without
+    return (
+        last["n"] >= number("rounds", 0)
+        or last["density"] <= number("min_density", -1)
+        or first < number("min_accuracy", -math.inf)
+    )
+
+
+def _row_of_own(home, name):
+    "The status of a run that `imp` was given by itself"
+    ticket = _ticket(home)
+    about, rounds = (ticket.about if ticket else {}), _rounds_in(ticket)
+    label = ", ".join(str(about[k]) for k in ("model", "task", "control") if about.get(k))
+    label += f", seed {about['seed']}" if "seed" in about else ""
+    going = "running" if _held(home, ".lock") else "stopped"
+    state = "done" if going == "stopped" and _is_over(ticket) else going
+    if not len(rounds):
+        return name, label or name, state, "", "", ""
+    last = rounds.iloc[-1]
+    at = f"round {last.n:.0f}" + (f" of {about['rounds']}" if "rounds" in about else "")
+    told = [k for k in rounds if k not in ("n", "time")]
+    note = ", ".join(f"{k} {last[k]:.4g}" for k in told if pd.notna(last[k]))
+    return name, label or name, state, at, "", note
+
+
 def status(
-    folder,  # of a study, or of one experiment
+    folder,  # of a study, of one experiment, or that `imp` was given
 ) -> pd.DataFrame:  # a row per job: job (its folder), name, state, at, left, note
-    "How far a study or an experiment is, from what is on the disk"
+    "How far a study, an experiment or a run is, from what is on the disk"
     if is_single(folder):
         return _single(folder)
+    if homes := own_runs(folder):
+        rows = [_row_of_own(p, p.resolve().name) for p in homes]
+        return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
     kept, rows, now, held = Kept(folder), [], time.time(), None
     for job in kept.jobs():
         n = kept.note(job)
@@ -652,7 +724,7 @@ def lines(
     return (
         out
         + ([f"... and {len(table) - len(shown)} more"] if len(shown) < len(table) else [])
-        + [f"{len(table)} {what}: {counts}"]
+        + [f"{len(table)} {what.removesuffix('s') if len(table) == 1 else what}: {counts}"]
     )
 
 # %% ../nbs/40f_batches.ipynb #773e51c3
@@ -706,13 +778,26 @@ def _collected(folder, table):
     return _joined(parts)
 
 
+def _rounds_of_own(homes):
+    "The rounds of runs that `imp` was given by itself, with what tells these apart"
+    out = []
+    for home in homes:
+        ticket = _ticket(home)
+        about = ticket.about if ticket else {}
+        facts = {k: about[k] for k in ("task", "model", "control", "seed") if k in about}
+        out.append(_rounds_in(ticket).assign(run=home.resolve().name, **facts))
+    return out
+
+
 def collect(
-    folder,  # a study's folder, or that of one experiment
+    folder,  # of a study, of one experiment, or that `imp` was given
     table: str = "rounds",  # "rounds", or the name of a table that jobs leave: exponents, gaps, flow ...
 ) -> pd.DataFrame:  # its rows, with the run or the job each is from
     "One table of a study, as far as it got"
     if is_single(folder):
         return _collected(Path(folder), table)
+    if table == "rounds" and (homes := own_runs(folder)):
+        return _joined(_rounds_of_own(homes))
     kept = Kept(folder)
     jobs = kept.jobs()
     if table == "rounds":
@@ -756,6 +841,29 @@ def _pruned(home):
         return {}
 
 
+def _further(folder):
+    "How to go on from a finished run or experiment"
+    return [
+        "",
+        f"Its flow: rg-tickets flow {folder}",
+        f'In Python: rg_tickets.reports.flow_at("{folder}")',
+    ]
+
+
+def _show_own(home):
+    "A run that `imp` was given by itself: what it is, and its rounds"
+    _, name, state, at, _, _ = _row_of_own(home, home.name)
+    ticket = _ticket(home)
+    about = ticket.about if ticket else {}
+    told = ("model", "task", "control", "seed", "rounds", "prune", "scope", "rewind", "prunes")
+    out = _lines_of(dict(run=name, folder=home, state=state, at=at))
+    out += _lines_of({k: about.get(k) for k in told})
+    if ticket is None:
+        return [*out, "", "no round is finished yet"]
+    table = _rounds_in(ticket).to_string(index=False, float_format="{:.4g}".format)
+    return [*out, "", table, *_further(home)]
+
+
 def _show_run(home):
     "A run: its spec, what is pruned, its rounds, its traceback"
     path = home / "rounds.csv"
@@ -763,7 +871,9 @@ def _show_run(home):
     if path.exists():
         table = pd.read_csv(path).to_string(index=False, float_format="{:.4g}".format)
     out = [*_lines_of((_json(home / "config.json") or {}) | _pruned(home)), "", table]
-    return out + ([(home / "error.txt").read_text()] if (home / "error.txt").exists() else [])
+    if (home / "error.txt").exists():
+        return [*out, (home / "error.txt").read_text()]
+    return out + (_further(home) if (home / "ticket.safetensors").exists() else [])
 
 
 def _show_single(folder):
@@ -774,11 +884,25 @@ def _show_single(folder):
     out += _lines_of({k: v for k, v in told.get("parameters", {}).items() if k != "folder"})
     out += ["", *lines(_single(folder), width=160, what="runs")]
     verdict = folder / "verdict.txt"
-    return out + (["", verdict.read_text(encoding="utf-8").rstrip()] if verdict.exists() else [])
+    out += ["", verdict.read_text(encoding="utf-8").rstrip()] if verdict.exists() else []
+    return out + (_further(folder) if (folder / "flow.csv").exists() else [])
+
+
+def _show_other(path):
+    "A folder that no study and no plan knows: runs that `imp` was given, or a whole study"
+    if (path / "study.json").exists():
+        hint = "`rg-tickets show FOLDER/JOB` tells all about one of its jobs"
+        return [*lines(status(path), most=1000, width=160), "", hint]
+    homes = own_runs(path)
+    if not homes:
+        raise FileNotFoundError(_explain_folder(path))
+    if homes == [path]:
+        return _show_own(path)
+    return lines(status(path), most=1000, width=160, what="runs")
 
 
 def show(
-    path,  # folder of a job, of a run, or of one experiment
+    path,  # folder of a job, of a run, of one experiment, or that `imp` was given
 ) -> list:  # lines of text
     "What is known of a job, a run or an experiment: state, parameters, tables, verdict, traceback"
     path = Path(path)
@@ -788,10 +912,7 @@ def show(
         return _show_single(path)
     found = _job_at(path)
     if found is None:
-        raise FileNotFoundError(
-            f"{path} is neither a run nor a job of a study nor the folder of an experiment; "
-            "`rg-tickets status FOLDER` names the jobs"
-        )
+        return _show_other(path)
     (kept, job), home = found, found[0].home(found[1])
     row = status(kept.folder).set_index("job").loc[job.id]
     text = lambda name: (

@@ -296,11 +296,13 @@ def _failures(folder, table):
 
 # %% ../nbs/41_cli.ipynb #fdb9b454
 @app.command()
-def status(folder: Path = typer.Argument(..., help="folder of a study, or of an experiment")):
-    "How far a study or an experiment is, read from the disk."
+def status(
+    folder: Path = typer.Argument(..., help="folder of a study, of an experiment, or of a run"),
+):
+    "How far a study, an experiment or a run is, read from the disk."
     from rg_tickets import batches
 
-    what = "runs" if batches.is_single(folder) else "notebooks"
+    what = "notebooks" if (folder / "study.json").exists() else "runs"
     table = batches.status(folder)
     typer.echo("\n".join(batches.lines(table, most=1000, width=160, what=what)))
 

@@ -1,12 +1,18 @@
 "The command line: a dry run refuses what a run refuses, quickly; a user's own notebook; Ctrl-C; logs"
 
-import contextlib, json, os, resource, signal, subprocess, sys, time
+import contextlib, functools, json, os, re, resource, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat
 import pytest
+import torch
 from killing import posix
 from playing import play
 from rg_tickets import notebooks
+from rg_tickets.basics import generator, seeded
+from rg_tickets.imp import imp
+from rg_tickets.reports import flow_at
+from rg_tickets.tasks.core import Resident, Task
+from rg_tickets.train import Recipe
 from test_batches import command
 
 EXPERIMENTS = notebooks.experiments()
@@ -403,7 +409,7 @@ def test_ones_own_notebook(capsys, monkeypatch, tmp_path):
     told = nbformat.read(home / "notebook.ipynb", 4).metadata["rg_tickets"]["parameters"]
     assert told == dict(seeds=1, prune=0.25, folder="runs/mine")
     code, out, _ = command(["status", home], capsys, monkeypatch)
-    assert not code and "digits8 imp seed 0  done" in out and "1 runs: 1 done" in out
+    assert not code and "digits8 imp seed 0  done" in out and "1 run: 1 done" in out
     code, out, _ = command(["show", home], capsys, monkeypatch)
     assert not code and "prune: 0.25" in out and "18 rows" in out
 
@@ -536,3 +542,74 @@ def test_progress_in_a_log_file(tmp_path):
     shown = subprocess.run([SCRIPT, "show", home], capture_output=True, text=True).stdout
     assert "pruning: prunes 19,144 of 19,464 matrix weights" in shown
     assert json.loads((home / "config.json").read_text())["rounds"] == 2
+
+
+# What a newcomer asks of a folder
+
+
+@pytest.fixture
+def begin_imp(tmp_path):
+    "A folder that was given to `imp` itself"
+    x = torch.randn(96, 8, generator=generator(0, "x"))
+    y = (x[:, 0] > 0).long()
+    task = Task("toy", Resident(x[:64], y[:64], x[64:], y[64:]))
+    with seeded(0, "init"):
+        network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 2))
+    how = dict(prune=0.3, recipe=Recipe(epochs=1), device="cpu", folder=tmp_path / "own")
+    return functools.partial(imp, task, network, 2, **how)
+
+
+def test_a_folder_that_was_given_to_imp(begin_imp, tmp_path, capsys, monkeypatch):
+    "Rounds, accuracy and density are shown; also of many in one folder; and how to go on"
+    last = list(begin_imp())[-1]
+    table = r"(?m)^ *2 +\S+ +0\.4922 +\S+ +" + f"{last.metrics['accuracy']:.4g}"
+    code, out, lines = command(["show", "own"], capsys, monkeypatch)
+    assert not code and not lines and re.search(table, out), out
+    assert "rg-tickets flow own" in out and 'rg_tickets.reports.flow_at("own")' in out
+    for folder in ("own", "."):
+        code, out, lines = command(["status", folder], capsys, monkeypatch)
+        assert not code and not lines and "1 run: 1 done" in out
+        assert "round 2 of 2" in out and "density 0.4922" in out and "accuracy" in out
+    code, out, _ = command(["collect", "own"], capsys, monkeypatch)
+    assert not code and len(out.splitlines()) == 4
+    told = flow_at("own").frame  # as `show` says
+    assert sorted(set(told.n)) == [0, 1, 2] and told.alive.sum() == 128 + 90 + 63
+    assert not command(["flow", "own"], capsys, monkeypatch)[0]
+
+
+def test_runs_that_stop_early_are_done(begin_imp, capsys, monkeypatch):
+    list(begin_imp(min_density=0.8))
+    out = command(["status", "own"], capsys, monkeypatch)[1]
+    assert "round 1 of 2" in out and "1 run: 1 done" in out
+
+
+def test_a_run_of_ones_own_that_goes_on(begin_imp, capsys, monkeypatch):
+    begun = begin_imp()
+    next(begun)
+    assert "running" in command(["status", "own"], capsys, monkeypatch)[1]
+    begun.close()
+    assert "stopped" in command(["status", "own"], capsys, monkeypatch)[1]
+    assert "stopped" in command(["show", "own"], capsys, monkeypatch)[1]
+
+
+def test_a_damaged_ticket_is_one_sentence(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "ticket.safetensors").write_bytes(b"\xff" * 99)
+    for verb in ("status", "show", "collect"):
+        code, line = said([verb, "own"], capsys, monkeypatch)
+        assert code == 2 and "ticket.safetensors" in line
+
+
+@pytest.mark.parametrize("verb", ["status", "show", "collect"])
+def test_a_folder_of_nothing(verb, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for path, says in {
+        "nowhere": "nowhere does not exist: give the folder of a study, an experiment or a run",
+        "file": "file is a file: give its folder",
+        "runs": "it has no study.json, no plan.json and no ticket.safetensors",
+    }.items():
+        code, line = said([verb, path], capsys, monkeypatch)
+        assert code == 2 and says in line
+    (tmp_path / "runs" / "mine" / "plan.json").write_text("[]")
+    assert "folders in it that have: mine" in said([verb, "runs"], capsys, monkeypatch)[1]

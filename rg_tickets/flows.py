@@ -656,7 +656,7 @@ def plot_local(
         g = table[table.group == name]
         band(ax, g.t, g.sigma, (g.high - g.low) / 2, colour, label=name)
     zero_line(ax)
-    legend(ax)
+    legend(ax, outside=True, fontsize=7)
     ax.set(xlabel=TIME, ylabel="local exponent  d ln $M_i$ / dt")
     return ax
 

@@ -402,10 +402,10 @@ def _sorted_eigenvalues(T):
 
 def spectrum_of(
     x,  # [runs, rounds, d] trajectories
-    ridge: float = 0.0,  # these as in `dmd`
-    log: bool = True,
-    affine: bool | None = None,
-    lagged: bool = False,
+    ridge: float = 0.0,  # as in `dmd`
+    log: bool = True,  # as in `dmd`
+    affine: bool | None = None,  # as in `dmd`
+    lagged: bool = False,  # as in `dmd`
 ) -> np.ndarray:  # [d] eigenvalues, largest size first
     "The eigenvalues of the full one-step map behind trajectories, and nothing else"
     x = _trajectories(x, 2, positive=log)

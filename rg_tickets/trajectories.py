@@ -30,8 +30,9 @@ def slope_weights(
     points = ok.sum(-2, keepdims=True)
     mean = (t * ok).sum(-2, keepdims=True) / np.maximum(points, 1)
     away = np.where(ok, t - mean, 0.0)
-    size = np.maximum((away**2).sum(-2, keepdims=True), 1e-300)
-    return np.where(points >= 3, away / size, np.nan)
+    size = (away**2).sum(-2, keepdims=True)
+    line = (points >= 3) & (size > 0)
+    return np.where(line, away / np.where(line, size, 1), np.nan)
 
 # %% ../nbs/01a_trajectories.ipynb #424872c1
 MISSING = ("refuse", "skip")  # what to do where there is no logarithm
@@ -74,9 +75,9 @@ def _check_values(x, bad, positive):
 
 
 def _times(t, runs, rounds):
-    "`t` as an array [runs, rounds], increasing"
+    "`t` as an array [runs, rounds] that never falls; two rounds may share a time"
     t = np.asarray(t.detach().cpu() if torch.is_tensor(t) else t, dtype=float)
-    if t.shape not in ((rounds,), (runs, rounds)) or not (np.diff(t) > 0).all():
+    if t.shape not in ((rounds,), (runs, rounds)) or not (np.diff(t) >= 0).all():
         raise ValueError(
             f"t has shape {t.shape} for {rounds} rounds of {runs} runs: give one RG time per round, "
             "increasing and finite, shape [rounds], or [runs, rounds] if runs differ"
@@ -144,7 +145,8 @@ def local_exponents(
     "The exponent of every single step, d ln x / dt, with Student's interval over runs"
     x = _trajectories(x, 2, missing=missing)
     t = _times(t, *x.shape[:2])
-    steps = np.diff(np.log(x), axis=1) / np.diff(t)[..., None]
+    dt = np.diff(t)
+    steps = np.diff(np.log(x), axis=1) / np.where(dt > 0, dt, np.nan)[..., None]
     middle = ((t[:, 1:] + t[:, :-1]) / 2).mean(0)
     rows = [
         (n, middle[n], i, *_over_runs(steps[:, n, i], level))

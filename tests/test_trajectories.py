@@ -258,3 +258,12 @@ def test_exact_maps_are_found_exactly():
         np.testing.assert_allclose(f.T, TURNED, atol=1e-9)
         np.testing.assert_allclose(f.eigenvalues, [1.2, 0.8], atol=1e-9)
     assert dmd(x[:1], log=False, bootstrap=0).coupled is None
+
+
+def test_two_rounds_at_one_time_are_a_line_and_no_step():
+    t = np.array([0.0, 0.0, 1.0, 2.0])
+    x = np.exp(0.4 * t)[:, None]
+    assert run_slopes(x, t)["sigma"].item() == pytest.approx(0.4)
+    assert np.isnan(run_slopes(x, np.zeros(4))["sigma"]).all()
+    steps = local_exponents(np.stack([x, x]), t).sigma
+    assert np.isnan(steps[0]) and steps[1] == pytest.approx(0.4)

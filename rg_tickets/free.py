@@ -20,6 +20,7 @@ from .basics import lookup
 from .models.heads import is_layer
 from .models.names import named_modules, unwrap
 from .models.prunable import groups, prunable
+from .trajectories import slope_weights
 
 # %% ../nbs/24_free.ipynb #7ef749e4
 @dataclass(frozen=True)
@@ -337,12 +338,6 @@ def errors(
     )
 
 # %% ../nbs/24_free.ipynb #9740463f
-def _weights(t, ok):
-    "[rounds, groups] weights c_n of the least-squares slope over the rounds that are ok; nan for fewer than three"
-    dt = np.where(ok, t[:, None] - (t[:, None] * ok).sum(0) / np.maximum(ok.sum(0), 1), 0.0)
-    return np.where(ok.sum(0) >= 3, dt / np.maximum((dt**2).sum(0), 1e-300), np.nan)
-
-
 def exponents(
     layers: dict,  # tensor name -> Layer
     t: np.ndarray | None = None,  # [rounds] RG times, 12 rounds of 20 % by default
@@ -355,7 +350,7 @@ def exponents(
     t = _checked(layers, times() if t is None else t)
     M = shares(layers, t, by)
     ok = M.values > 0
-    c = _weights(t, ok)
+    c = slope_weights(t, ok)
     sigma = (c * np.log(M.where(ok, 1.0)).values).sum(0)
     variance = np.einsum("ag,abgg,bg->g", c, covariance(layers, t, by), c)
     se = np.sqrt(variance.clip(0))

@@ -21,6 +21,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import ellipk
 from .basics import generator, lookup, stream
+from .rg import all_exponents
 
 # %% ../nbs/02_ising.ipynb #cef21f74
 def _couplings(K, sizes=(1, 2)):
@@ -579,8 +580,8 @@ def measure(
     return {n: {f: np.stack(x, 1) for f, x in kept.items()} for n, kept in out.items()}
 
 # %% ../nbs/02_ising.ipynb #27053ec2
-def _largest(weights, new, old, n, centre):
-    "[B] largest |eigenvalue| of T from the first n operators, for each row of replica weights [B, R]"
+def _matrices(weights, new, old, n, centre):
+    "[B, n, n] the map T of the first n operators, for each row of replica weights [B, R]"
     new, old, w = new[..., :n], old[..., :n], weights / weights.sum(1, keepdims=True)
     mean = lambda x: np.tensordot(w, x, 1)
     a, b = (
@@ -590,7 +591,7 @@ def _largest(weights, new, old, n, centre):
     if centre:
         m, o = mean(new.mean(1)), mean(old.mean(1))
         a, b = a - m[:, :, None] * m[:, None], b - m[:, :, None] * o[:, None]
-    return np.abs(np.linalg.eigvals(np.linalg.solve(a, b))).max(1)
+    return np.linalg.solve(a, b)
 
 
 def mcrg(
@@ -609,6 +610,7 @@ def mcrg(
         (o, f) for f in FAMILIES for o in enumerate(zip(sizes, sizes[1:]), 1)
     ):
         for n in range(1, 8):
-            y = np.log2(_largest(weights, sums[half][f], sums[size][f], n, centre=f == "even"))
+            T = _matrices(weights, sums[half][f], sums[size][f], n, centre=f == "even")
+            y = all_exponents(T, b=2)[:, 0]
             rows.append((f, step, size, n, y[0], y[1:].std(ddof=1)))
     return pd.DataFrame(rows, columns=["family", "step", "size", "operators", "y", "error"])

@@ -24,7 +24,7 @@ from rg_tickets.elastic import (
     parse,
     stretch,
 )
-from .flows import interval
+from .statistics import interval
 from .progress import note
 from .runs import check_count, complete, one_thread, waves, writable
 from .runs import write_csv, write_text

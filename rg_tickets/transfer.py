@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from .basics import alone, as_int, generator, lookup, seeded
 from .figures import GAPS, PALETTE
-from .flows import interval
+from .statistics import interval
 from .masks import MaskHistory, shuffled
 from .models.names import named_modules, named_parameters, state, tied, unwrap
 from .models.prunable import declare_head, heads

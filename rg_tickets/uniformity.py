@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from .elastic import _RESIDUAL
-from .flows import LABELS, interval
+from .flows import LABELS
+from .statistics import interval
 
 # %% ../nbs/32a_uniformity.ipynb #e83d9857
 def _cross(s):

@@ -7,9 +7,26 @@ import pytest, torch
 from torch import nn
 from torch.nn.utils import prune
 from rg_tickets.basics import generator
-from rg_tickets.flows import Flow, check_round, exponents, matching, read_table
+from rg_tickets.flows import (
+    Flow,
+    check_round,
+    contrast,
+    difference,
+    exponents,
+    in_words,
+    local_exponents,
+    matching,
+    path_test,
+    plot_local,
+    plot_slice,
+    read_table,
+    shared_window,
+    slopes,
+    trajectory,
+)
 from rg_tickets.reports import flow_at
-from rg_tickets.universality import shared_window
+from rg_tickets.statistics import rejection_rate
+from rg_tickets.universality import vectors
 
 
 def a_run(seed=0, rounds=5, kind=torch.float32):
@@ -82,7 +99,7 @@ def test_scores_make_the_matching_window():
     weights, masks = ({s: r[i] for s, r in runs.items()} for i in (0, 1))
     assert matching(Flow.from_masks(weights, masks, scores)) == [0, 1, 2]
     with pytest.raises(ValueError, match="those of the dense network are not known"):
-        exponents(Flow.from_masks(weights, masks))
+        exponents(Flow.from_masks(weights, masks), window="matching")
     with pytest.raises(ValueError, match="seed 0: 2 metrics for 5 rounds"):
         Flow.from_masks(weights, masks, {0: [0.9, 0.9]})
     begun = Flow.from_masks(
@@ -92,7 +109,7 @@ def test_scores_make_the_matching_window():
     )
     assert begun.frame.n.min() == 1
     with pytest.raises(ValueError, match="first round here is 1: take window='all'"):
-        exponents(begun)
+        exponents(begun, window="matching")
 
 
 class Tied(nn.Module):
@@ -231,7 +248,10 @@ def test_a_table_without_accuracy_is_read_back(tmp_path):
     pd.testing.assert_frame_equal(back.frame, f.frame, check_dtype=False)
     assert len(exponents(back, by="tensor", window="all"))
     other = Flow(back.frame.assign(task="b"))
-    for ask in (lambda: exponents(back), lambda: shared_window(Flow.join(back, other))):
+    for ask in (
+        lambda: exponents(back, window="matching"),
+        lambda: shared_window(Flow.join(back, other)),
+    ):
         with pytest.raises(ValueError, match="those of the dense network are not known"):
             ask()
 
@@ -323,3 +343,112 @@ def test_one_round_checked_by_itself():
     )
     with pytest.raises(KeyError, match="over there"):
         check_round(weights[0], {"a": masks[0]["b"]}, where="over there", error=KeyError)
+
+
+# Windows, and what may be subtracted
+
+
+def fading(task, last, seeds=range(3), control="imp", rounds=10, seed=0):
+    "A flow of two parts whose accuracy falls after round `last`"
+    rng = np.random.default_rng([seed, last, len(control)])
+    t = 0.22 * np.arange(rounds)
+    z = 0.3 * t + 0.1 * t**2 + 0.01 * rng.normal(size=(len(seeds), rounds))
+    x = np.stack([np.exp(z), np.ones_like(z)], -1)
+    f = Flow.from_couplings(x, t, ["a", "b"], task=task, model="net", control=control).frame
+    scores = 0.9 - 0.1 * (np.arange(rounds) > last)
+    f["metric"] = scores[f.n] + 0.001 * f.seed
+    return Flow(f.assign(seed=np.array(seeds)[f.seed]))
+
+
+def test_all_rounds_are_the_default_window():
+    flow = fading("one", 5)
+    for table in (slopes(flow, by="tensor"), exponents(flow, by="tensor")):
+        assert set(table.window) == {"0-9 (10)"}
+    assert set(exponents(flow, by="tensor", window="matching").window) == {"0-5 (6)"}
+    assert set(slopes(flow, by="tensor", window=[0, 2, 3]).window) == {"0,2,3 (3)"}
+
+
+def test_slopes_of_different_windows_are_not_subtracted():
+    a, b = fading("one", 5), fading("two", 8)
+    both = Flow.join(a, b)
+    own = [slopes(o, by="tensor", window="matching") for o in (a, b)]
+    says = r"rounds 0-5 \(6\), t = 0.00 to 1.10; rounds 0-8 \(9\).*window='shared'"
+    for ask in (lambda: contrast(*own), lambda: vectors(both, by="tensor", window="matching")):
+        with pytest.raises(ValueError, match=says):
+            ask()
+    shared = slopes(both, by="tensor", window="shared")
+    assert set(shared.window) == {"0-5 (6)"}
+    assert len(contrast(shared[shared.task == "one"], shared[shared.task == "two"])) == 2
+    assert len(vectors(both, by="tensor", window="shared")) == 6
+    text = in_words(both, by="tensor", window="matching")
+    assert "one (rounds 0-5 (6)) and two (rounds 0-8 (9)) are not compared" in text
+    assert "one and two differ in" in in_words(both, by="tensor", window="shared")
+
+
+def test_a_null_with_fewer_rounds_is_not_subtracted():
+    short = fading("one", 9, control="untrained", rounds=6)
+    with pytest.raises(ValueError, match="different windows cannot be subtracted"):
+        difference(Flow.join(fading("one", 9), short), by="tensor")
+    named = difference(Flow.join(fading("one", 9), short), by="tensor", window=range(6))
+    assert len(named) == 2
+
+
+def test_rounds_of_another_rate_are_one_window_if_they_span_the_same_time():
+    t = 0.4 * np.arange(6)
+    slow, fast = np.exp(0.3 * np.linspace(0, 2, 11)), np.exp(0.3 * t)
+    flows = [
+        Flow.from_couplings(np.stack([[x, 1 + 0 * x]] * 3).swapaxes(1, 2), u, ["a", "b"])
+        for x, u in ((slow, np.linspace(0, 2, 11)), (fast, t))
+    ]
+    found = contrast(*(slopes(f, "relative", "tensor") for f in flows))
+    assert found.dsigma.to_numpy() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_exponents_of_a_fixed_window_cover_as_they_say(seeds):
+    def misses(rng):
+        own = 0.3 + 0.02 * rng.normal(size=(seeds, 1))
+        x = np.exp(own * (t := 0.25 * np.arange(6)))[..., None]
+        e = exponents(Flow.from_couplings(x, t, ["a"]), "relative", "tensor")
+        return not e.low[0] < 0.3 < e.high[0]
+
+    missed, error = rejection_rate(misses, 150, name=f"flows {seeds}")
+    assert abs(missed - 0.05) < 4 * error
+
+
+# Trajectories
+
+
+def test_a_flow_is_a_stack_of_trajectories():
+    flow = fading("one", 9)
+    x, t, names = trajectory(flow, "relative", "tensor")
+    assert x.shape == (3, 10, 2) and names == ["a", "b"] and t.shape == (3, 10)
+    local = local_exponents(flow, "relative", "tensor")
+    a = local[local.group == "a"]
+    steps = np.diff(np.log(x[..., 0]), axis=1) / 0.22
+    np.testing.assert_allclose(a.sigma, steps.mean(0))
+    assert (a.low < a.sigma).all() and a.sigma.iloc[-1] > a.sigma.iloc[0]  # it bends
+    with pytest.raises(ValueError, match="choose one with Flow.where"):
+        trajectory(Flow.join(flow, fading("two", 9)))
+
+
+def test_paths_are_compared_by_seed():
+    a = fading("one", 9, seeds=range(6))
+    same, other = fading("two", 9, seeds=range(6), seed=1), fading("two", 9, seeds=range(6))
+    other.frame["l1"] *= np.exp(np.where(other.frame.tensor == "a", 0.2 * other.frame.t, 0))
+    found = path_test(a, other, "tensor")
+    assert (found.labellings, found.verdict) == (64, "apart")
+    assert path_test(a, same, "tensor").p > 0.05
+    few = path_test(fading("one", 9), fading("two", 9, seed=1), "tensor")
+    assert few.verdict == "cannot tell"
+
+
+def test_a_slice_and_bands_are_drawn():
+    flow = Flow.join(fading("one", 9), fading("two", 9, seed=2))
+    ax = plot_slice(flow, "a", "b", by="tensor")
+    x, y = trajectory(flow.where(task="one"), by="tensor")[0].mean(0).T
+    line = next(o for o in ax.lines if o.get_label() == "one")
+    np.testing.assert_allclose(np.transpose(line.get_data()), np.c_[x, y])
+    with pytest.raises(ValueError, match="unknown group"):
+        plot_slice(flow, "a", "c", by="tensor")
+    assert len(plot_local(flow.where(task="one"), by="tensor").collections) == 2

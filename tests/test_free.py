@@ -7,10 +7,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 from rg_tickets import free
 from rg_tickets.basics import generator, seeded
-from rg_tickets.flows import plot_exponents, slope
+from rg_tickets.flows import plot_exponents
 from rg_tickets.masks import MaskHistory, prune
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
+from rg_tickets.trajectories import run_slopes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -75,7 +76,7 @@ def test_exponents_agree_with_flows_and_feed_its_figure():
     layers = free.initial(resnet("cifar_resnet14"))
     e, M = free.exponents(layers), free.shares(layers, free.times())
     np.testing.assert_allclose(
-        e.sigma, [slope(M.index.values, M[g].values)["sigma"] for g in e.group], atol=1e-10
+        e.sigma, run_slopes(M[e.group].values, M.index.values)["sigma"][0], atol=1e-10
     )
     assert plot_exponents(e.assign(kind="relevant"), null=e) is not None
     assert free.exponents(layers, by="stage").group.tolist() == [
@@ -118,9 +119,7 @@ def test_drawn_networks(name, init):
     net = resnet(name, init=init, seed=3)
     theory = free.exponents(free.initial(net, init))
     M = free.shares(free.empirical(prunable(net)), free.times())
-    z = (
-        np.array([slope(M.index.values, M[g].values)["sigma"] for g in theory.group]) - theory.sigma
-    ) / theory.se
+    z = (run_slopes(M[theory.group].values, M.index.values)["sigma"][0] - theory.sigma) / theory.se
     assert (z**2).mean() < 2.5 and z.abs().max() < 4.5
 
 

@@ -113,7 +113,9 @@ def contrast(
     weights: np.ndarray,  # [points] that sum to zero
     seeds,  # how many seeds are behind each error, one number or [points]
     level: float = 0.95,  # confidence of the interval
-) -> dict:  # value, se, low, high, p (two-sided, of zero), dof, detectable (effect found with power .8)
+) -> (
+    dict
+):  # value, se, low, high, p (two-sided, of zero), dof, detectable (effect found with power .8)
     "A weighted difference of independent estimates; a ValueError where weights or errors are none"
     y, se, c = (np.asarray(o, float) for o in (y, se, weights))
     seeds = np.broadcast_to(np.asarray(seeds, float), y.shape)
@@ -121,7 +123,9 @@ def contrast(
         raise ValueError(f"the weights of a contrast sum to zero, and these to {c.sum():g}")
     used = c != 0
     if not (np.isfinite(se[used]).all() and (seeds[used] > 1).all()):
-        raise ValueError("every estimate that is used needs a standard error from two seeds or more")
+        raise ValueError(
+            "every estimate that is used needs a standard error from two seeds or more"
+        )
     parts = (c * se) ** 2
     total = parts.sum()
     bottom = (parts[used] ** 2 / (seeds[used] - 1)).sum()
@@ -133,7 +137,8 @@ def contrast(
 def trend(
     x: np.ndarray,  # [points] depth, width, or the logarithm of one
     y: np.ndarray,  # [points] spreads
-    se: np.ndarray | None = None,  # [points] their standard errors; None: from the scatter about the line
+    se: np.ndarray
+    | None = None,  # [points] their standard errors; None: from the scatter about the line
     seeds: int = 3,  # how many seeds are behind each error, one number or [points]
     level: float = 0.95,  # confidence of the interval
 ) -> dict:  # slope, its se, low, high, p (two-sided, of no slope), dof, detectable, points

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIMILARITIES', 'shared_window', 'vectors', 'coordinates', 'shrunk', 'Noise', 'noise', 'distances', 'null_distances',
-           'similarity', 'same_flow', 'Classes', 'classes', 'confidence_sets', 'in_words', 'plot_classes']
+           'similarity', 'SameFlow', 'same_flow', 'Classes', 'classes', 'confidence_sets', 'in_words', 'plot_classes']
 
 # %% ../nbs/33_universality.ipynb #e8f57a15
 from dataclasses import dataclass
 from itertools import combinations
+import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -289,12 +290,39 @@ def similarity(
     return pd.DataFrame(rows)
 
 # %% ../nbs/33_universality.ipynb #c31212f6
+@dataclass(frozen=True)
+class SameFlow:
+    "Permutation test of the hypothesis that all systems are one flow"
+
+    p: float  # share of the dealings that set systems as far apart
+    least: float  # smallest p that these numbers of systems and seeds allow
+
+    @property
+    def verdict(self) -> str:
+        "'different', 'not told apart', or 'cannot tell' where no p could be .05"
+        if self.least > 0.05:
+            return "cannot tell"
+        return "different" if self.p <= 0.05 else "not told apart"
+
+
+def _dealings(seeds, paired):
+    "How many ways there are to deal runs out to systems, not counting a renaming of the systems"
+    if paired:
+        return math.factorial(len(seeds)) ** (int(seeds[0]) - 1)
+    ways = math.factorial(int(sum(seeds)))
+    for size in seeds:
+        ways //= math.factorial(int(size))
+    for count in np.unique(seeds, return_counts=True)[1]:
+        ways //= math.factorial(int(count))
+    return ways
+
+
 def same_flow(
     v: pd.DataFrame,  # from `vectors`
     draws: int = 2000,  # permutations
     seed: int = 0,  # of the permutations
-) -> float:  # p-value; at least 1 / (draws + 1)
-    "Permutation p-value of the hypothesis that all systems are one flow: runs are dealt out to systems anew"
+) -> SameFlow:
+    "Test whether all systems are one flow: runs are dealt out to systems anew"
     e, rng = noise(v), np.random.default_rng(stream(seed, "same flow"))
     v = v.sort_index(level="seed", kind="stable")
     v = v.loc[list(e.seeds.index)]
@@ -313,7 +341,9 @@ def same_flow(
         dealt = x.reshape(K, -1, p)[order, np.arange(len(x) // K)].reshape(draws, -1, p)
     else:
         dealt = x[rng.random((draws, len(x))).argsort(1)]
-    return float((1 + (between(dealt) >= between(x) * (1 - 1e-9)).sum()) / (1 + draws))
+    p = (1 + (between(dealt) >= between(x) * (1 - 1e-9)).sum()) / (1 + draws)
+    least = max(1 / _dealings(e.seeds.values, e.paired), 1 / (1 + draws))
+    return SameFlow(float(max(p, least)), float(least))
 
 # %% ../nbs/33_universality.ipynb #66bbd928
 @dataclass
@@ -324,9 +354,14 @@ class Classes:
     distances: pd.DataFrame  # [systems, systems] in standard errors
     tree: np.ndarray  # SciPy linkage
     cut: float  # standard errors at which the tree was cut
-    p: float  # permutation p-value of "all are one flow"
+    same: SameFlow  # permutation test of "all are one flow"
     resolution: float  # typical distance of exponents at the cut, in units of sigma
     level: float  # chance to split one flow
+
+    @property
+    def p(self) -> float:
+        "Permutation p-value of the hypothesis that all are one flow"
+        return self.same.p
 
 
 def classes(
@@ -368,6 +403,13 @@ def confidence_sets(
     }
 
 
+def _said(same):
+    "The permutation test in words"
+    if same.verdict == "cannot tell":
+        return f"cannot tell, for permutation of so few runs has no p below {same.least:.2g}"
+    return f"p = {same.p:.3g} by permutation of runs"
+
+
 def in_words(
     found: Classes,  # from `classes`
 ) -> str:  # a few lines
@@ -376,7 +418,7 @@ def in_words(
     apart = sum(K - len(o) for o in sets.values()) // 2
     lines = [
         f"{K} systems in {found.label.nunique()} classes; {apart} of {K * (K - 1) // 2} pairs can be told apart (more than {found.cut:.1f} standard errors; one flow would be split in {found.level:.0%} of studies).",
-        f"All one flow: p = {found.p:.3g} by permutation of runs. A distance of exponents below about {found.resolution:.3f} would not be seen.",
+        f"All one flow: {_said(found.same)}. A distance of exponents below about {found.resolution:.3f} would not be seen.",
     ]
     return "\n".join(
         lines

@@ -272,12 +272,13 @@ class Collapse:
     high: float  # likewise
     S: float  # quality at `a`
     S0: float  # quality without a shift
+    p: float  # share of simulated studies of one common curve with an S as large
     data: pd.DataFrame  # size, t, y, dy
 
     @property
-    def collapses(self) -> bool:
-        "Do the shifted curves agree within about twice their errors"
-        return self.S < 4
+    def refuted(self) -> bool:
+        "Whether the curves differ by more than a shift, at the level .05"
+        return self.p <= 0.05
 
 
 def _least(data, grid, least):
@@ -294,11 +295,48 @@ def _least(data, grid, least):
     return float(fine[int(np.argmin(S))])
 
 # %% ../nbs/33b_critical.ipynb #fd82d046
+def _others(x, y, dy, size, mine):
+    "At the points of one size: values and variances of the line through its neighbours of other sizes"
+    near = []
+    for other in np.unique(size[~mine]):
+        k = np.flatnonzero(size == other)
+        k = k[np.argsort(x[k])]
+        near.append(_beside(x[mine], (x[k], y[k], dy[k])))
+    X, Y, W = (np.concatenate(o) for o in zip(*near))
+    seen = W.sum(0) > 0
+    return seen, *_line(X[:, seen], Y[:, seen], W[:, seen], x[mine][seen])
+
+
+def _common(data, a):
+    "The curve that all sizes would share, at each point, [points]"
+    size, t, y, dy = (data[k].values.astype(float) for k in ("size", "t", "y", "dy"))
+    x, found = t - a * np.log(size), y.copy()
+    for o in np.unique(size):
+        mine = size == o
+        seen, value, var = _others(x, y, dy, size, mine)
+        at = np.flatnonzero(mine)[seen]
+        weight = 1 / dy[at] ** 2
+        found[at] = (weight * y[at] + value / var) / (weight + 1 / var)
+    return found
+
+
+def _simulated(data, mean, a, se, least, draws, rng):
+    "S of studies in which all sizes share one curve, each at its best shift near `a`, [draws]"
+    shared, near = _common(mean, a), np.linspace(a - 2 * se, a + 2 * se, 7)
+    found = np.empty(draws)
+    for i in range(draws):
+        moved = _redrawn(data, mean, rng).y.values - mean.y.values
+        study = mean.assign(y=shared + moved)
+        found[i] = min(quality(study, b, least) for b in near)
+    return found
+
+# %% ../nbs/33b_critical.ipynb #d54c7224
 def collapse(
     data: pd.DataFrame,  # from `sized`: size, seed, t, y; or means with errors: size, t, y, dy; at least two sizes
     span: tuple = (-3.0, 3.0),  # exponents to search
     steps: int = 61,  # grid points
     draws: int = 24,  # data sets drawn anew, for the error
+    studies: int = 99,  # simulated for `p`, which is at least 1 / (studies + 1)
     seed: int = 0,  # of the draws
     least: float = 0.5,  # as in `quality`
 ) -> Collapse:
@@ -319,14 +357,16 @@ def collapse(
     se = drawn.std(ddof=1) * np.sqrt(max(1.0, S))
     dof = data.groupby("size").seed.nunique().sub(1).sum() if "seed" in data else np.inf
     half = stats.t.ppf(0.975, dof) * se
+    null = _simulated(data, mean, a, se, least, studies, rng)
     return Collapse(
-        a,
-        float(se),
-        float(a - half),
-        float(a + half),
-        S,
-        quality(mean, 0.0, least),
-        mean.reset_index(drop=True),
+        a=a,
+        se=float(se),
+        low=float(a - half),
+        high=float(a + half),
+        S=S,
+        S0=quality(mean, 0.0, least),
+        p=float((1 + (null >= S).sum()) / (1 + studies)),
+        data=mean.reset_index(drop=True),
     )
 
 # %% ../nbs/33b_critical.ipynb #b18aedec

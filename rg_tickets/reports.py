@@ -19,8 +19,9 @@ from .flows import LABELS, Flow, exponents, plot_exponents, plot_flow, read_tabl
 from .hub import flow_of
 from .masks import Schedule
 from .models.pretrained import read_weights
-from .prediction import fit, held_out_auc, pairs, rank
+from .prediction import fit, outcome_of, pairs, rank
 from .runs import collect
+from .statistics import rank_auc
 from .tickets import Ticket
 from .transfer import gaps
 from rg_tickets.universality import (
@@ -463,14 +464,18 @@ def _ranked(d, name, transfers):
             f"no transfer in the table is between two of the candidates, {', '.join(d.index[d.index != name])}; it has {', '.join(dict.fromkeys(transfers.source))}"
         )
     table = pairs(rest, flow=d)
-    o = held_out_auc(table)
-    within = f" [{o['low']:.2f}, {o['high']:.2f}]" if np.isfinite(o["low"]) else ""
+    y = outcome_of(rest)
+    o = rank_auc(d.loc[list(y), list(y)].values, y.values)
+    within = f" [{o.low:.2f}, {o.high:.2f}]" if np.isfinite(o.low) else ""
     good = (
-        f"AUC {o['auc']:.2f}{within} from {o['targets']} targets"
-        if o["targets"]
-        else "not known: no target among them has both tickets that transfer and tickets that do not"
+        f"AUC {o.auc:.2f}{within} over {o.targets} targets, p = {o.p:.2g}"
+        if o.targets
+        else "not known: no target has two candidates with different gaps"
     )
-    said = f"Probabilities from {len(table)} transfers among the candidates; how well such a curve ranks for a task it has not seen: {good} (0.5 is chance)."
+    said = (
+        f"Probabilities from {len(table)} transfers among the candidates; how well distance "
+        f"ranked the candidates of a target among them: {good} (0.5 is chance)."
+    )
     return rank(fit(table), name, flow=d).rename(columns=dict(flow="distance")), said
 
 

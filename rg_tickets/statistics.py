@@ -139,15 +139,22 @@ def _groups_of(mask, within):
     return [(np.flatnonzero(mask[:, j]), np.full(mask[:, j].sum(), j)) for j in targets]
 
 
-def _centered_ranks(x):
-    "Ranks along the last axis, minus their mean"
-    ranks = stats.rankdata(x, axis=-1)
-    return ranks - ranks.mean(-1, keepdims=True)
+def _centered(x, block):
+    "`x` [..., n] minus its mean in each block of pairs [n]"
+    x = np.array(x, float)
+    for o in np.unique(block):
+        x[..., block == o] -= x[..., block == o].mean(-1, keepdims=True)
+    return x
 
 
-def _residual(x, z):
-    "`x` [..., n] without its mean and without its projection on centred `z` [n]; z may be None"
-    x = x - x.mean(-1, keepdims=True)
+def _centered_ranks(x, block):
+    "Ranks along the last axis, minus their mean in each block"
+    return _centered(stats.rankdata(x, axis=-1), block)
+
+
+def _residual(x, z, block):
+    "`x` [..., n] centred, without its projection on centred `z` [n]; z may be None"
+    x = _centered(x, block)
     if z is None or z @ z < 1e-12:
         return x
     return x - (x @ z)[..., None] / (z @ z) * z
@@ -159,20 +166,27 @@ def _correlate(x, y):
     return np.divide(x @ y, size, out=np.zeros(x.shape[:-1]), where=size > 1e-9)
 
 
-def _rank_residuals(x, given, mask, within):
+def _rank_residuals(x, given, mask, within, blocks):
     "Ranks of `x` [tasks, tasks] over the pairs of `mask`, without what the ranks of `given` explain"
     out = np.full(x.shape, np.nan)
     for at in _groups_of(mask, within):
-        z = None if given is None else _centered_ranks(given[at])
-        out[at] = _residual(_centered_ranks(x[at]), z)
+        z = None if given is None else _centered_ranks(given[at], blocks[at])
+        out[at] = _residual(_centered_ranks(x[at], blocks[at]), z, blocks[at])
     return out
+
+
+def _blocks(roles):
+    "A number for each pair of roles, [tasks, tasks]: pairs that exchanging tasks can exchange"
+    kinds = {o: i for i, o in enumerate(dict.fromkeys(roles))}
+    code = np.array([kinds[o] for o in roles])
+    return code[:, None] * len(kinds) + code
 
 # %% ../nbs/00b_statistics.ipynb #5e07042a
 @dataclass(frozen=True)
 class PairTest:
     "A rank correlation over pairs of tasks, and its p-value over permutations of tasks"
 
-    rho: float  # Spearman's correlation, partial if a rival was given
+    rho: float  # Spearman's correlation within blocks of roles, partial if a rival was given
     p: float  # share of the orders that do at least as well
     orders: int  # how many orders there were; p cannot be below 1 / orders
     pairs: int  # measured pairs
@@ -218,19 +232,21 @@ def mantel(
     x, y = np.array(x, float), np.array(y, float)
     np.fill_diagonal(y, np.nan)
     seen = np.isfinite(y)
-    orders = orders_within(roles_of(y) if roles is None else list(roles), draws, seed)
+    roles = roles_of(y) if roles is None else list(roles)
+    orders, blocks = orders_within(roles, draws, seed), _blocks(roles)
     reach = _reach(seen, orders)
     _check_known(x, reach, "predictor")
     if given is not None:
         _check_known(np.asarray(given), reach, "rival")
-    a = _rank_residuals(x, given, reach, within)
-    b = _rank_residuals(y, given, seen, within)
+    a = _rank_residuals(x, given, reach, within, blocks)
+    b = _rank_residuals(y, given, seen, within, blocks)
     moved = a[orders[:, :, None], orders[:, None, :]]
     found = []
     for i, j in _groups_of(seen, within):
         if len(i) > 2:
-            z = None if given is None else _centered_ranks(given[i, j])
-            found.append(_correlate(_residual(moved[:, i, j], z), b[i, j]))
+            block = blocks[i, j]
+            z = None if given is None else _centered_ranks(given[i, j], block)
+            found.append(_correlate(_residual(moved[:, i, j], z, block), b[i, j]))
     if not found:
         return PairTest(np.nan, np.nan, len(orders), int(seen.sum()))
     r = np.mean(found, axis=0)

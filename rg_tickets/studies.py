@@ -8,7 +8,7 @@ __all__ = ['CV_LTH', 'QUIRKS', 'BERT_TICKETS', 'TEXT_SCALES', 'Crossing', 'cross
 
 # %% ../nbs/40b_studies.ipynb #65a706cb
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import pandas as pd
@@ -24,7 +24,7 @@ from .specs import Spec, build, code, kind, meta_network, network_key, rewind_of
 from .specs import steps_per_epoch
 from .tickets import Ticket, apply
 from .train import Recipe, device as find_device
-from .transfer import KINDS, recorded, transfer
+from .transfer import COMPARED, KINDS, recorded, transfer
 
 # %% ../nbs/40b_studies.ipynb #95425bb5
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def cross(
             crossing, folder, where, root, lambda step, steps: note(home, 0, step, steps, 0)
         )
     name = dict(
-        source={"uniform": "-"}.get(crossing.kind, crossing.source.task),
+        source="-" if KINDS[crossing.kind].source == "none" else crossing.source.task,
         target=crossing.target.task,
         model=crossing.target.model,
     )  # as the specs call them
@@ -124,7 +124,7 @@ def crossings(
     n: list,  # rounds, 1 or more
     targets: list  # of Spec: the targets' own runs; by default every source is a target too
     | None = None,  # of Spec: the targets' own runs; by default every source is a target too
-    kinds: tuple = tuple(KINDS),  # names in `transfer.KINDS`; "own" is needed for gaps
+    kinds: tuple = COMPARED,  # names in `transfer.KINDS`; "own" is needed for gaps
     weights: tuple = (None,),  # for "transferred": "source", "target", or both
     keep: tuple = (),  # modules besides the head that stay the targets' own and dense
 ) -> list:  # of Crossing
@@ -141,7 +141,9 @@ def crossings(
         for k in kinds:
             if k == "dense":
                 out.append(Crossing(t, t, 0, k))
-            elif k in ("own", "uniform"):
+            elif k == "other_seed":
+                out += [Crossing(_other_seed(t, targets), t, i, k) for i in n]
+            elif KINDS[k].source != "ticket":
                 out += [Crossing(t, t, i, k) for i in n]
             else:
                 out += [
@@ -154,6 +156,17 @@ def crossings(
     out = list({c.id: c for c in out}.values())
     check_crossings(out)
     return out
+
+
+def _other_seed(target, runs):
+    "The run of the target's task with the next seed, the first after the last"
+    same = sorted((t for t in runs if replace(t, seed=target.seed) == target), key=lambda t: t.seed)
+    if len(same) < 2:
+        raise ValueError(
+            f"kind='other_seed' compares {target} with the ticket of another seed, and there is "
+            "only one: give two seeds or more"
+        )
+    return same[(same.index(target) + 1) % len(same)]
 
 
 def _fit(target, sources, n):

@@ -8,7 +8,7 @@ __all__ = ['SCORES', 'CONTROLS', 'KEEP', 'log', 'magnitude', 'score_weights', 'C
 
 # %% ../nbs/23_imp.ipynb #78fd8a43
 import json, logging, math, os, sys, textwrap, time, warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
 import torch
@@ -25,15 +25,16 @@ from rg_tickets.masks import (
     shuffled,
 )
 from .models.names import set_state, state, unwrap
-from .models.heads import check_head_names, check_products
+from .models.heads import check_head_names, check_products, train_mode
 from .models.prunable import FROZEN, PRESETS, declare_head, describe, prunable
 from .ranks import World, world as find_world
 from .selection import check_finite
-from .rewind import PARTS, Policy, Snapshot, Unsaved, check_network, policy
+from .rewind import PARTS, Policy, Snapshot, check_network, policy
 from .structure import differences, explain_structure, frozen_names, structure
 from .tasks.core import Task, check_task, evaluate
 from .tasks.forms import batch_tensors
 from .tasks.identity import describe as describe_code, unchanged
+from .tasks.state import Unsaved, put_back, values_read
 from rg_tickets.tickets import (
     Ticket,
     TicketError,
@@ -369,6 +370,10 @@ def check_arguments(
     prunings: int | None = None,  # rounds of the ticket to follow, if known
 ) -> Choices:
     "Refuse what `imp` would refuse, without data, network or training"
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe must be a Recipe, such as Recipe(optimizer='adamw', lr=1e-3), not {recipe!r:.100}"
+        )
     rounds = as_int(rounds, "rounds", 0)
     variant = lookup(control, CONTROLS, "control")
     schedule = make_schedule(prune, rounds)
@@ -473,9 +478,17 @@ class _Run:
     @property
     def mark(self):
         "What tells this run's states from those of others"
-        other = ("versions", "resumed", "prunes", "python")
+        return self._mark("rounds", "prune")  # which may grow
+
+    def _mark(self, *more):
+        "The hash of all facts but some"
+        other = ("versions", "resumed", "prunes", "python", *more)
         mine = {k: v for k, v in self.about.items() if k not in other}
         return digest({}, json.dumps([mine, self.snapshot.digest], sort_keys=True))
+
+    def marks(self, mark):
+        "Is a mark this run's; older versions wrote down the number of rounds too"
+        return mark in (self.mark, self._mark())
 
     def over(self):
         "Is the run at its end"
@@ -544,13 +557,16 @@ def measure(self, n, loss):
     "The round as plain data; a network that diverged is an error, not a round"
     masks = self.history.mask(n)
     check_finite(self.params)
-    metrics = self.world.same(evaluate(self.task, self.network, self.choices.recipe.precision))
+    with put_back(self.network, **self.start.beside):  # a loss may count in a test as well
+        found = evaluate(self.task, self.network, self.choices.recipe.precision)
+    metrics = self.world.same(found)
     if not math.isfinite(metrics["loss"]):
         raise Diverged(
             f"the test loss of {self.task.name!r} is {metrics['loss']} after round {n}: "
             "training diverged; lower the learning rate, or set clip=1.0"
         )
     self.masked.check(f"after round {n}")
+    self.unsaved()
     return Round(
         n,
         self.history.time(n),
@@ -649,7 +665,7 @@ def find_trained(self):
         found = {}
     # a process that was killed before it wrote the ticket may have kept the coming round
     rounds = self.kept_round(), len(self.rounds)
-    if found.get("run") != self.mark or found.get("round") not in rounds:
+    if not self.marks(found.get("run")) or found.get("round") not in rounds:
         raise TicketError(
             f"{path} does not hold the network of round {self.kept_round()}: that round was "
             f"trained without keep={self.choices.keep!r}, or the file was lost. Leave keep out, "
@@ -679,7 +695,7 @@ def ticket(self):
 @patch_to(_Run)
 def save_state(self, n, step, loss):
     "Put the training aside: round, step, weights, optimizer, and what else has changed"
-    loose, numbers = _pack_unsaved(Unsaved.of(self.network).beyond(self.start))
+    loose, numbers = self.unsaved().beyond(self.start).pack()
     save_tensors(
         self.folder / "state.safetensors",
         pack(self.network, self.opt) | loose,
@@ -694,19 +710,15 @@ def load_state(self):
     found, header = load_tensors(self.folder / "state.safetensors", "state")
     unpack(found, self.network, self.opt)
     self.start.restore(self.network)
-    _unpack_unsaved(found, header).restore(self.network)
+    Unsaved.unpack(found, header, self.start.beside).restore(self.network)
 
 
-def _pack_unsaved(unsaved):
-    "(name -> tensor, list of [path, attribute, number])"
-    numbers = [[*k, v] for k, v in unsaved.numbers.items()]
-    return {f"unsaved/{k}": t for k, t in unsaved.tensors.items()}, numbers
-
-
-def _unpack_unsaved(tensors, header):
-    "What `_pack_unsaved` packed"
-    found = {k.removeprefix("unsaved/"): t for k, t in tensors.items() if k[:8] == "unsaved/"}
-    return Unsaved(found, {(path, k): v for path, k, v in header.get("numbers", [])})
+@patch_to(_Run)
+def unsaved(self):
+    "What is held besides the weights now; what can be neither set back nor stored is refused"
+    now = Unsaved.of(self.network, self.start.beside)
+    now.check(self.start, self.network)
+    return now
 
 
 @patch_to(_Run)
@@ -714,7 +726,7 @@ def save_unsaved(self):
     "Write down what the network held at the rewind point besides its weights, if that has changed"
     beyond = self.snapshot.unsaved.beyond(self.start)
     if self.folder and beyond:
-        tensors, numbers = _pack_unsaved(beyond)
+        tensors, numbers = beyond.pack()
         self.about["unsaved"] = sorted([*beyond.tensors, *map(".".join, beyond.numbers)])
         path, header = self.folder / "unsaved.safetensors", dict(numbers=numbers, run=self.mark)
         self.world.once(lambda: save_tensors(path, tensors, header, "unsaved"))
@@ -727,13 +739,15 @@ def load_unsaved(self):
         return self.start
     path = self.folder / "unsaved.safetensors"
     tensors, header = load_tensors(path, "unsaved")
-    if header.get("run") != self.mark:
+    if not self.marks(header.get("run")):
         raise TicketError(f"{path} is of another run: delete {self.folder} and run again")
-    beyond = _unpack_unsaved(tensors, header)
-    return Unsaved(
-        self.start.tensors | beyond.tensors,
-        self.start.numbers | beyond.numbers,
-        self.start.known | set(beyond.numbers),
+    beyond = Unsaved.unpack(tensors, header)
+    named = {tuple(k.rpartition(".")[::2]) for k in beyond.tensors}
+    return replace(
+        self.start,
+        tensors=self.start.tensors | beyond.tensors,
+        numbers=self.start.numbers | beyond.numbers,
+        known=self.start.known | set(beyond.numbers) | named,
     )
 
 
@@ -757,7 +771,7 @@ def keeper(self, n):
 
 # %% ../nbs/23_imp.ipynb #fd2e677d
 _NOT_COMPARED = "versions", "prunes", "python"  # versions have a warning of their own
-_OF_CODE = "fingerprint", "structure", "score"  # another Python compiles other code
+_OF_CODE = "fingerprint", "structure", "score", "reads"  # another Python compiles other code
 
 
 @patch_to(_Run)
@@ -765,12 +779,17 @@ def other_run(self, found):
     "What is different in a ticket's run, and what cannot be compared: two lists of texts"
     theirs, mine = found.about, json.loads(json.dumps(self.about))
     skip = _NOT_COMPARED
-    if "python" in theirs and theirs["python"] != mine["python"]:
+    old = "fingerprint" in theirs and "reads" not in theirs  # code has other names there
+    if old or theirs.get("python", mine["python"]) != mine["python"]:
         skip += _OF_CODE
-    told = [k for k in mine if k in theirs and k not in (*skip, "structure", "initial")]
+    longer = ("rounds", "prune") if _is_longer(theirs, mine) else ()
+    told = [k for k in mine if k in theirs and k not in (*skip, *longer, "structure", "initial")]
     other = differences({k: theirs[k] for k in told}, {k: mine[k] for k in told})
     if theirs.get("initial") != mine["initial"] and not self._old_names(theirs):
-        other.append("the initial weights (is the network trained already? Build it anew)")
+        other.append(
+            "the initial weights (is the network trained already, or built without the seed of then? "
+            "Call torch.manual_seed before building it, and build it anew)"
+        )
     there, here = set(found.history.died), set(self.params)
     if there != here:
         one = min(there ^ here)
@@ -780,6 +799,33 @@ def other_run(self, found):
         other += filter(None, [explain_structure(theirs["structure"], self.network)])
     unknown = [k for k in mine if k not in theirs and k not in _NOT_COMPARED]
     return other, unknown + [k for k in skip if k in _OF_CODE]
+
+
+def _is_longer(theirs, mine):
+    "Are the rounds of a stored run the first ones of those that are asked for"
+    if not theirs["rounds"] < mine["rounds"]:
+        return False
+    then, now = (o["prune"].get("fractions") for o in (theirs, mine))
+    same = theirs["prune"] == mine["prune"]
+    return same or (None not in (then, now) and now[: len(then)] == then)
+
+
+@patch_to(_Run)
+def lengthen(self, mine):
+    "Go on with more rounds than were asked for before: the last one is trained again, and pruned"
+    if not _is_longer(self.about, mine):
+        return
+    finished = self.history.rounds < len(self.rounds) and not self.over()
+    if finished and self.choices.carries:
+        raise TicketError(
+            f"{self.folder} holds a finished run of {self.about['rounds']} rounds, and with "
+            f"rewind={self.choices.rewind!r} and control={self.choices.control!r} more rounds would "
+            "need its last weights, which it does not keep: "
+            f"run all {mine['rounds']} rounds in another folder"
+        )
+    if finished:
+        self.rounds.pop()
+    self.about |= {k: mine[k] for k in ("rounds", "prune")}
 
 
 @patch_to(_Run)
@@ -800,14 +846,17 @@ def resume(self):
     if other:
         raise TicketError(
             f"{self.folder} holds another run: {'; '.join(other[:3])}. "
-            "Choose another folder, or the arguments that run had"
+            "Choose another folder, or the arguments that run had (more rounds may be asked for, "
+            "with a schedule that begins like that run's)"
         )
     self.warn(found.about, unknown)
+    asked = json.loads(json.dumps(self.about))
     self.about, self.threshold = found.about, found.threshold
     self.snapshot = Snapshot(found.weights)
     self.snapshot.unsaved = self.load_unsaved()
     self.rounds = [Round(**r) for r in found.rounds]
     self.history = found.history.to(next(iter(self.params.values())).device)
+    self.lengthen(asked)
     self.find_state(self.over())
     self.find_trained()
     return True
@@ -864,7 +913,7 @@ def find_state(self, over):
         header = load_tensors(self.folder / "state.safetensors", "state")[1]
     except (FileNotFoundError, TicketError):
         header = None  # a round that starts from the snapshot is done again from there
-    if header and header.get("run", self.mark) != self.mark:
+    if header and not self.marks(header.get("run", self.mark)):
         header = None
     if header and header["n"] == n:
         self.resumed = header
@@ -917,13 +966,15 @@ def prepare_run(
             "each would see a part of the batch: let the task compute it, loss=f(output, target)"
         )
     place(network, world.device(device))
-    start, recipe = Unsaved.of(network), choices.recipe
+    task.data.to(next(network.parameters()).device)
+    start, recipe = Unsaved.of(network, task.beside()), choices.recipe
     check_task(task, network, choices.seed, recipe.batch_size, recipe.precision)
     loss = lambda: task(network, _first_batch(task, network, choices))
     declare_head(network, loss)
     params = prunable(network, choices.preset, choices.frozen)
     check_products(network, params, loss)
     start.restore(network)
+    _try_step(task, network, loss, choices.seed, start)
     history = MaskHistory.dense(params)
     if choices.variant.rank == "given":
         history = _follow(ticket, history, choices)
@@ -931,6 +982,7 @@ def prepare_run(
         sizes = {k: p.numel() for k, p in params.items()}
         check_schedule(choices.schedule, sizes, choices.rounds, choices.scope)
     about = _facts(task, network, choices, params, ticket, world)
+    start.restore(network)
     if world.lead:
         _say_pruned(f"{about['model']} on {task.name}: {about['prunes']}", quiet=report is not None)
     return _Run(
@@ -945,6 +997,14 @@ def prepare_run(
         start=start,
         world=world,
     )
+
+
+def _try_step(task, network, loss, seed, start):
+    "Refuse what a training step changes and nobody can set back"
+    with unchanged(network, *task.beside().values()), seeded(seed, "peek"):
+        train_mode(network)
+        loss().backward()
+        Unsaved.of(network, start.beside).check(start, network)
 
 
 def _first_batch(task, network, choices):
@@ -989,6 +1049,7 @@ def _facts(task, network, choices, params, ticket, world):
         frozen=choices.frozen,
         not_trained=frozen_names(network),
         structure=structure(network),
+        reads=values_read(network, task.beside()),
         fingerprint={k: v for k, v in fingerprint.items() if v != task.about or k != "data"},
         prunes=str(describe(network, choices.preset, choices.frozen)),
         python=f"{sys.version_info[0]}.{sys.version_info[1]}",
@@ -1043,7 +1104,7 @@ def begin(self, train=True):
         g = generator(self.choices.seed, "reinit")
         for p in self.params.values():
             p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view(p.shape))
-    self.snapshot = Snapshot(self.network)
+    self.snapshot = Snapshot(self.network, self.start.beside)
     if train and self.choices.step:
         self.train_to_rewind_point()
     if train:
@@ -1069,7 +1130,16 @@ def train_to_rewind_point(self):
 @patch_to(_Run)
 def set_rewind_point(self):
     "Make the network as it is now what rounds go back to"
-    self.snapshot = Snapshot(self.network)
+    self.snapshot = Snapshot(self.network, self.start.beside)
+    self.snapshot.unsaved.check(self.start, self.network)
+    beyond, step = self.snapshot.unsaved.beyond(self.start), self.choices.step or 0
+    moved = [k for k in beyond.numbers if k[0].startswith("task's data")]
+    if moved and step % self.steps:
+        raise ValueError(
+            f"{'.'.join(moved[0])} counts while data are read, and the rewind point {step}it lies "
+            f"within an epoch of {self.steps} steps, which would be read a second time: rewind to "
+            "the end of an epoch, rewind='1ep'"
+        )
     self.save_unsaved()
 
 
@@ -1082,6 +1152,27 @@ def try_score(self):
         score_weights(choices.score, self.network, self.task, self.params, masks, choices.seed)
 
 # %% ../nbs/23_imp.ipynb #c32a9ac6
+def _check_kinds(task, network, recipe, ticket):
+    "Refuse arguments of another kind, in another order first of all"
+    wanted = dict(
+        task=(task, Task, "a Task, such as Task.from_loaders(train, test)"),
+        network=(network, torch.nn.Module, "a network (torch.nn.Module)"),
+        recipe=(recipe, Recipe, "a Recipe, such as Recipe(optimizer='adamw', lr=1e-3)"),
+        ticket=(
+            ticket,
+            (Ticket, type(None)),
+            "a Ticket, such as Ticket.load('ticket.safetensors')",
+        ),
+    )
+    for name, (given, kind, what) in wanted.items():
+        if not isinstance(given, kind):
+            swapped = isinstance(task, torch.nn.Module) and isinstance(network, Task)
+            raise ValueError(
+                f"{name} must be {what}, not {'a ' + type(given).__name__}"
+                + (": task and network are swapped, the task comes first" if swapped else "")
+            )
+
+
 def imp(
     task: Task,  # what to train on
     network: torch.nn.Module,  # at its initial weights; trained in place, see `keep`
@@ -1109,6 +1200,7 @@ def imp(
     # folder/trained.safetensors, and leave it in `network` at the end; None: it holds the last
 ) -> Iterator[Round]:  # finished rounds first, if the run is taken up
     "Iterate rewind, refine, coarse-grain, and yield what each round measured"
+    _check_kinds(task, network, recipe, ticket)
     choices = check_arguments(
         recipe,
         rounds,

@@ -303,4 +303,4 @@ def rank_auc(
     chance = np.array([per_target(x[o][:, o]).mean() for o in orders])
     p = float((abs(chance - 0.5) >= abs(chance[0] - 0.5) - 1e-12).mean())
     mean, _, low, high = interval(mine, level)
-    return RankAuc(mean, low, high, p, len(mine))
+    return RankAuc(mean, max(low, 0.0), min(high, 1.0), p, len(mine))

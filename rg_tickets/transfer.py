@@ -256,8 +256,8 @@ def travelling(
 
 
 def _below(modules):
-    "Is a tensor in one of these modules"
-    return lambda name: name.startswith(tuple(f"{o}." for o in modules))
+    "Is a tensor in one of these modules, or is it one of them"
+    return lambda name: name in modules or name.startswith(tuple(f"{o}." for o in modules))
 
 
 def _check_stem(ticket, mine):
@@ -314,7 +314,7 @@ def _check(task, network, recipe, seed, fit):
     "Try network and task before anything is trained, and find the head, as `imp` does"
     check_not_held(network)
     check_network(network)
-    before = Unsaved.of(network)
+    before = Unsaved.of(network, task.beside())
     try:
         check_task(task, network, seed, recipe.batch_size, recipe.precision)
     except ValueError as e:
@@ -390,9 +390,10 @@ class _Training:
 
     def save(self, step, loss):
         "Put the training aside"
-        beyond = Unsaved.of(self.network).beyond(self.start)
-        tensors = {f"unsaved/{k}": t for k, t in beyond.tensors.items()}
-        numbers = [[*k, v] for k, v in beyond.numbers.items()]
+        now = Unsaved.of(self.network, self.start.beside)
+        now.check(self.start, self.network)
+        beyond = now.beyond(self.start)
+        tensors, numbers = beyond.pack()
         header = dict(facts=self.facts, step=step, loss=loss, numbers=numbers)
         save_tensors(self.path, pack(self.network, self.opt) | tensors, header, "state")
 
@@ -404,10 +405,8 @@ class _Training:
             return step, float("nan")
         if header.get("facts") != self.facts:
             return step, float("nan")
-        loose = {k[8:]: t for k, t in tensors.items() if k.startswith("unsaved/")}
-        numbers = {(path, k): v for path, k, v in header["numbers"]}
         unpack(tensors, self.network, self.opt)
-        Unsaved(loose, numbers).restore(self.network)
+        Unsaved.unpack(tensors, header, self.start.beside).restore(self.network)
         return header["step"], header["loss"]
 
 
@@ -489,7 +488,7 @@ def transfer(
         optimizer(network, recipe),
         folder and Path(folder) / "state.safetensors",
         _identity(task, network, masks, recipe, seed, start),
-        Unsaved.of(network),
+        Unsaved.of(network, task.beside()),
     )
     report = report or (lambda *a: None)
     with alone(folder):

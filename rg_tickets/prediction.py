@@ -155,7 +155,8 @@ def pairs(
         )
     if not len(g):
         raise ValueError("no gap of a transferred ticket in this table")
-    table = g[["source", "target", "gap", "transferable"]].reset_index(drop=True)
+    columns = [o for o in ("source", "target", "gap", "transferable") if o in g]
+    table = g[columns].reset_index(drop=True)
     for name, d in predictors.items():
         lost = sorted({*table.source, *table.target} - (set(d.index) & set(d.columns)))
         if lost:

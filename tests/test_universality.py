@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.spatial.distance import squareform
 from rg_tickets.critical import collapse
-from rg_tickets.prediction import fit, held_out_auc, mantel, pairs, random_distance, trial
+from rg_tickets.prediction import fit, outcome_of, random_distance, trial
+from rg_tickets.selection import smallest
+from rg_tickets.statistics import rejection_rate
 from rg_tickets.universality import distances, noise, null_distances, same_flow
 
 
@@ -37,11 +40,7 @@ def planted(seed, strength, tasks=5):
             if a != b
         ]
     )
-    return pairs(
-        g.assign(transferable=g.gap <= g.gap.groupby(g.target).transform("median")),
-        flow=d,
-        random=random_distance(names, seed),
-    )
+    return outcome_of(g), {"flow": d, "random": random_distance(names, seed)}
 
 
 def at_most(ps, u):
@@ -67,7 +66,7 @@ def test_permutation_without_shared_seeds():
     for i in range(150):
         v = one_flow(i).drop(index=("A", 0))
         assert not noise(v).paired
-        ps.append(same_flow(v, 100))
+        ps.append(same_flow(v, 100).p)
     for u in (0.05, 0.25):
         at_most(ps, u)
 
@@ -84,24 +83,75 @@ def test_distances_do_not_know_the_order():
 
 @pytest.mark.slow
 def test_no_answer_is_found_where_there_is_none():
-    tables = [planted(i, 0.0) for i in range(200)]
-    for within in (False, True):
-        ps = np.array([mantel(o, "flow", within)[1] for o in tables])
+    rows = [trial(*planted(i, 0.0), draws=200).loc["flow"] for i in range(200)]
+    for name in ("p", "p_within", "p_auc"):
+        ps = np.array([o[name] for o in rows])
         for u in (0.05, 0.25, 0.5):
-            assert abs((ps <= u).mean() - u) <= 3 * np.sqrt(u * (1 - u) / 200)
-    aucs = np.array([held_out_auc(o, draws=10)["auc"] for o in tables])
+            assert (ps <= u).mean() - u <= 3 * np.sqrt(u * (1 - u) / 200)
+    aucs = np.array([o.auc for o in rows])
     assert abs(np.nanmean(aucs) - 0.5) < 3 * np.nanstd(aucs) / 200**0.5
 
 
 def test_a_planted_answer_is_found():
-    results = [trial(planted(i, 2.0), draws=200) for i in range(5)]
-    assert (
-        np.mean([o.auc["flow"] for o in results])
-        > 0.8
-        > np.mean([o.auc["random"] for o in results])
-    )
+    results = [trial(*planted(i, 2.0), draws=200) for i in range(5)]
+    aucs = [np.mean([o.auc[k] for o in results]) for k in ("flow", "random")]
+    assert aucs[0] > 0.8 > aucs[1]
     assert np.median([o.p["flow"] for o in results]) < 0.05
     assert all(o.low["flow"] <= o.auc["flow"] <= o.high["flow"] for o in results)
+
+
+def test_a_predictor_of_the_wrong_sign_is_not_pinned_at_chance():
+    outcome, known = planted(0, 2.0)
+    right = trial(outcome, {"flow": known["flow"]}).loc["flow"]
+    wrong = trial(outcome, {"flow": -known["flow"]}).loc["flow"]
+    assert right.auc > 0.8
+    assert wrong.auc == pytest.approx(1 - right.auc)
+
+
+def test_sources_that_are_no_targets_are_not_exchanged_with_the_others():
+    outcome, known = planted(0, 0.0, tasks=7)
+    outcome.iloc[:, 5:] = np.nan
+    apart = {"source only": pd.DataFrame(np.zeros((7, 7)), outcome.index, outcome.columns)}
+    apart["source only"].iloc[5:] = 10.0  # knows nothing but which tasks are sources only
+    outcome.iloc[5:] += 100.0
+    row = trial(outcome, apart | known).loc["source only"]
+    assert row.orders == 240 and row.spearman == 0 and row.p == 1
+
+
+def test_two_systems_with_three_seeds_cannot_be_told():
+    found = same_flow(one_flow(0, systems=2))
+    assert (found.least, found.verdict) == (0.25, "cannot tell")
+    far = one_flow(0, systems=2)
+    far.loc["B"] += 100.0 * np.eye(4)[0]
+    assert same_flow(far).verdict == "cannot tell"
+
+
+def test_selection_refuses_what_is_not_a_number():
+    for bad in (float("nan"), float("inf")):
+        scores = {"a": torch.tensor([0.1, bad])}
+        with pytest.raises(ValueError, match="1 of 2 weights in 'a'"):
+            smallest(scores, {"a": torch.tensor([True, True])}, 1)
+
+
+def shared_curve(rng, bend, seeds=5, noise=0.05):
+    "Scores of three sizes, the smallest stretched by `bend`"
+    t, rows = 0.25 * np.arange(14), []
+    for w in (4, 8, 16):
+        y = -0.5 / (1 + np.exp(-(t - 1 - 0.6 * np.log(w / 4)) / 0.4)) * (1 + bend * (w == 4))
+        for seed in range(seeds):
+            scatter = noise * (0.5 * rng.normal() + 0.75**0.5 * rng.normal(size=14))
+            rows.append(pd.DataFrame(dict(size=w, seed=seed, t=t, y=y + scatter)))
+    return pd.concat(rows, ignore_index=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bend, least, most", [(0.0, 0.0, 0.12), (0.3, 0.8, 1.0)])
+def test_a_collapse_is_refuted_where_there_is_none(bend, least, most):
+    def refuted(rng):
+        return collapse(shared_curve(rng, bend), (0, 1.2), 13, draws=4, studies=19).refuted
+
+    rate, _ = rejection_rate(refuted, 80, name=f"collapse{bend}")
+    assert least <= rate <= most
 
 
 def test_probabilities_are_calibrated():

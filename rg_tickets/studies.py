@@ -303,7 +303,10 @@ _ALL = {
 _DOWN = "main_imp_downstream"
 _DOWNSTREAM = _ALL | {
     "stem": ("cifar", f"{_DOWN}: 3 x 3, stride 1, no max-pooling"),
-    "prune_type": ("lt", f"{_DOWN}: one of lt, pt, rewind_lt, pt_trans"),
+    "prune_type": (
+        "rewind_lt",
+        f"{_DOWN}: lt, pt, rewind_lt or pt_trans; flows of Redman et al.: 5 % rewind",
+    ),
     "split": ("original", f"{_DOWN}: the last 5,000 pictures are for validation"),
     "epochs": (182, f"{_DOWN}, each round"),
     "batch_size": (256, f"{_DOWN} (its evaluation: 128)"),

@@ -20,6 +20,8 @@ ACCOUNTED = {  # (page, number) -> where it is from
     ("51_bert", "250"): "the pilot, which was not kept",
     ("51_bert", "25"): ".75 removed, an arithmetic schedule of bert_imp's variant",
     ("51_bert", "1.05"): "ratio of two distances by role, asserted in the cell above",
+    ("56_scale", "19,144"): "prunable weights of a ResNet-8 of width 8, asked of `rates` there",
+    ("56_scale", "7,360"): "64 x 40 + 3 x 40 x 40, the head apart",
     ("54_benchmarks", "768"): "pictures, set in a cell there",
     ("54_benchmarks", "54"): "prunable tensors of a ResNet-50",
     ("54_benchmarks", "65,000"): "2**16, tried and not kept",

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 from rg_tickets.basics import seeded
-from rg_tickets.flows import Flow, observable, slope
+from rg_tickets.flows import Flow, observable
 from rg_tickets.imp import imp
 from rg_tickets.models.prunable import prunable
 from rg_tickets.models.resnets import resnet
 from rg_tickets.tasks.images import image_task
 from rg_tickets.tickets import Ticket
 from rg_tickets.train import Recipe
+from rg_tickets.trajectories import run_slopes
 
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 torch.set_num_threads(1)
@@ -82,8 +83,7 @@ def test_trained_networks_have_other_masks_and_nearly_the_same_exponents(tmp_pat
         t, fine = shares(perceptron, 4, seed, over=4, folder=folders[4])
         _, coarse = shares(perceptron, 2, seed, over=4, folder=folders[2])
         assert np.array_equal(fine[0], coarse[0])  # the dense network is one and the same
-        pair = np.stack([fine[::2].T, coarse.T])
-        found.append(np.subtract(*slope(np.broadcast_to(t[::2], pair.shape), pair)["sigma"]))
+        found.append(np.subtract(*run_slopes(np.stack([fine[::2], coarse]), t[::2])["sigma"]))
         a, b = (Ticket.load(f / "ticket.safetensors").history for f in folders.values())
         masks = zip(a.mask(4).values(), b.mask(2).values())
         both, either = np.sum([[(x & y).sum(), (x | y).sum()] for x, y in masks], axis=0)

@@ -1,4 +1,7 @@
-"Numbers in prose: each one in the result pages and the index is printed by a cell there, set in an experiment, or accounted for below"
+"""Numbers in prose: each one is printed by a cell of its page, set in an experiment, or accounted for below.
+
+Pages that teach may also use the numbers that their code sets, and whole numbers up to a dozen. Where a page states in
+bold that something is the same, equal, preserved or not there, a number stands beside it."""
 
 import copy, json, re
 from pathlib import Path
@@ -6,6 +9,18 @@ import pytest
 
 NBS = Path(__file__).parents[1] / "nbs"
 PAGES = [*sorted(NBS.glob("5?_*.ipynb")), NBS / "index.ipynb"]
+LESSONS = sorted(NBS.glob("[0-3]*.ipynb"))
+CLAIMS = re.compile(
+    r"\b(?:same|preserve[sd]?|equal|identical|unchanged|no (?:difference|effect|trend|growth)|cannot be told)\b",
+    re.I,
+)
+RESULTS = [
+    *PAGES,
+    *(
+        NBS / f"{o}.ipynb"
+        for o in ("23a_dictionary", "30_flows", "30a_diagonal", "31_transfer", "32c_overlap")
+    ),
+]
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?!\w)")
 NOT_CLAIMS = re.compile(
     r"\b(?:19|20)\d\d\b|`[^`]*`|\]\([^)]*\)|```.*?```|\$[^$]*\$", re.S
@@ -16,7 +31,6 @@ ACCOUNTED = {  # (page, number) -> where it is from
         "50_resnet",
         "77,000",
     ): "prunable weights of a ResNet-8 of width 16, tested in 12_prunable's table",
-    ("50_resnet", "5,040"): "7!, all orders of seven tasks",
     ("51_bert", "250"): "the pilot, which was not kept",
     ("51_bert", "25"): ".75 removed, an arithmetic schedule of bert_imp's variant",
     ("51_bert", "1.05"): "ratio of two distances by role, asserted in the cell above",
@@ -26,6 +40,47 @@ ACCOUNTED = {  # (page, number) -> where it is from
     ("54_benchmarks", "54"): "prunable tensors of a ResNet-50",
     ("54_benchmarks", "65,000"): "2**16, tried and not kept",
     ("54_benchmarks", "262,000"): "2**18, `selection`'s chunk",
+    ("00_basics", "256"): "bits of SHA-256",
+    ("00a_figures", "2.3"): "the just noticeable difference in CIELAB, Mahy et al. 1994",
+    ("00b_statistics", "2.5"): "t quantile over sqrt(3), asked for in the cell above",
+    ("00b_statistics", "42"): "7 x 6 pairs",
+    ("01_rg", "0.326"): "beta of the 3D Ising class, from the literature",
+    ("01a_trajectories", "252"): "10 over 5",
+    ("02_ising", "65,536"): "2**16",
+    (
+        "10_resnets",
+        "269,722",
+    ): "parameters without projections, He et al. 2016 as counted by others",
+    ("12_prunable", "25.5"): "million weights of a ResNet-50 with its head",
+    ("12_prunable", "23.4"): "the same without first convolution and head",
+    ("12_prunable", "272,474"): "parameters of ResNet-20, tested in 10_resnets",
+    ("12_prunable", "1,568"): "parameters of its BatchNorm, two per channel",
+    ("12a_pretrained", "18"): "the depth of a ResNet",
+    ("13a_embedded", "1797"): "pictures in scikit-learn's digits, tested there",
+    ("13a_embedded", "17"): "grey levels of these",
+    ("13a_embedded", "3.11"): "a version of matplotlib, and of Python",
+    ("14a_voc", "0.1"): "the step of the recalls before 2010",
+    ("16_text", "522"): "of the 30 522 word pieces of BERT",
+    ("19_selection", "65,536"): "2**16",
+    ("20_masks", "254"): "the largest round, one less than alive",
+    ("22_train", "2.15"): "a version of torch",
+    ("22_train", "48"): "pixels, the size at which torch crashes",
+    ("22_train", "480"): "a step of the example",
+    ("22a_rewind", "50"): "the depth of a ResNet",
+    ("23b_replicas", "2.5"): "a bound that the cell for a GPU asserts",
+    ("24_free", "85.5"): "million prunable weights of BERT-base, counted in 12_prunable",
+    ("24_free", "576"): "64 x 3 x 3",
+    ("24_free", ".66"): "range of the exponents, read off the table above",
+    ("30_flows", "1.96"): "the normal quantile",
+    ("30a_diagonal", "36"): "12 x 3",
+    ("30a_diagonal", "24"): "12 x 2",
+    ("30a_diagonal", "34"): "percent, from the ratios of the table above",
+    ("31_transfer", "17.5"): "a quarter of 70",
+    ("32_elastic", "18"): "the depth of a ResNet",
+    ("32a_uniformity", ".89"): "8 / 9",
+    ("32c_overlap", ".68"): "found in an exploration that is not kept",
+    ("32c_overlap", ".001"): "the same exploration",
+    ("33a_prediction", "120"): "5!",
 }
 ALWAYS = {
     "95": "the level of every interval",
@@ -89,10 +144,17 @@ def unfounded(nb, name, protocol):
                 yield written, source(cell)[:60]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def set_in_code(nb):
+    "Numbers that the cells of a lesson set, and those one can count on one's fingers"
+    code = [source(c) for c in nb["cells"] if c["cell_type"] == "code"]
+    return [v for text in code for _, v, _ in numbers(text)] + list(range(13))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *LESSONS], ids=lambda p: p.stem)
 def test_numbers_in_prose_are_computed(path, protocol):
     nb = json.loads(path.read_text(encoding="utf-8"))
-    assert list(unfounded(nb, path.stem, protocol)) == [], (
+    behind = protocol + (set_in_code(nb) if path in LESSONS else [])
+    assert list(unfounded(nb, path.stem, behind)) == [], (
         "print it in a cell, or say in ACCOUNTED where it is from"
     )
 
@@ -112,7 +174,7 @@ def test_a_number_that_is_no_longer_computed_is_found(protocol):
 def test_nothing_is_accounted_for_in_vain():
     said = {
         (p.stem, n)
-        for p in PAGES
+        for p in [*PAGES, *LESSONS]
         for c in json.loads(p.read_text(encoding="utf-8"))["cells"]
         if c["cell_type"] == "markdown"
         for n, _, _ in numbers(NOT_CLAIMS.sub(" ", source(c)))
@@ -131,3 +193,25 @@ def test_every_table_is_read_by_a_page(path):
         for c in json.loads(p.read_text(encoding="utf-8"))["cells"]
     )
     assert any(re.search(rf"[\"'/}}]{re.escape(n)}(?:[\"']|\.csv)", text) for n in names)
+
+
+def bare_claims(nb):
+    "Bold statements that something is the same, or is not there, without a number"
+    for cell in nb["cells"]:
+        if cell["cell_type"] != "markdown":
+            continue
+        for line in NOT_CLAIMS.sub(" ", source(cell)).splitlines():
+            if "**" in line and CLAIMS.search(line) and not numbers(line):
+                yield line
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_where_it_says_same_a_number_stands_beside_it(path):
+    assert list(bare_claims(json.loads(path.read_text(encoding="utf-8")))) == []
+
+
+def test_a_bare_claim_is_found():
+    cell = dict(cell_type="markdown", metadata={}, source=["* **Flows are the same** everywhere."])
+    assert len(list(bare_claims(dict(cells=[cell])))) == 1
+    cell["source"] = ["* **Flows are the same** within .01 [-.01, .02]."]
+    assert list(bare_claims(dict(cells=[cell]))) == []

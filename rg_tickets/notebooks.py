@@ -383,7 +383,7 @@ def run(
         alone(folder, ".notebook.lock"),
         as_file(source_of(name)) as source,
         watching(folder),
-        _environment(RG_TICKETS_PROGRESS="off", **{_OWN: own}),
+        _environment(RG_TICKETS_PROGRESS="off", PYTHONWARNINGS=_quiet(), **{_OWN: own}),
     ):
         for old in (folder / "plan.json", part):
             old.unlink(missing_ok=True)  # the notebook makes its own plan
@@ -423,6 +423,12 @@ def _execute(name, source, part, given, out):
             f"{name}: its process was killed (out of memory?); finished rounds are kept, "
             "start again with fewer jobs"
         ) from None
+
+
+def _quiet():
+    "PYTHONWARNINGS with which a stopped process does not mention the semaphores it leaves behind, which are cleared away"
+    before = os.environ.get("PYTHONWARNINGS")
+    return ",".join([before] * bool(before) + ["ignore:resource_tracker"])
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def _place(t):
     "Where in a file a tensor lies; two names of one tensor have one place"
     return (t.key, t.offset, t.shape, t.stride) if isinstance(t, Stored) else id(t)
 
-
+# %% ../nbs/34_archives.ipynb #5d5627fe
 class _Source:
     "A file of weights or masks: which tensors it has, and those that are wanted"
 
@@ -198,7 +198,7 @@ def _same_tensors(masks, pruned_at, where):
         raise ArchiveError(f"the last mask of {where} has none of the right shape for {_few(lost)}")
     return {k: masks[k] != 0 for k in pruned_at}
 
-
+# %% ../nbs/34_archives.ipynb #7f40d27e
 @dataclass
 class Archive:
     "A run that was read from files: its rounds, and what is known of it"
@@ -271,7 +271,7 @@ class Archive:
             _write_pruned(pruned_at, _same_tensors(last, pruned_at, where), n, where)
         return MaskHistory(pruned_at, n)
 
-
+# %% ../nbs/34_archives.ipynb #e662aa81
 def _few(items, limit=3):
     "The first few of `items`, and how many more"
     items = list(map(str, items))
@@ -310,7 +310,7 @@ def _consecutive(numbers):
     whole = all(isinstance(n, int) for n in numbers)
     return whole and all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
 
-
+# %% ../nbs/34_archives.ipynb #c7c66d9b
 def _order(parts, counts, fixed, path):
     "(order of the parts by density, a note if their names say another one)"
     by_density = sorted(range(len(parts)), key=lambda i: -counts[i].density)
@@ -340,7 +340,7 @@ def _kept_again(a, b):
     shared = [k for k in before if k in after and before[k].shape == after[k].shape]
     return sum(int((after[k] & ~before[k]).sum()) for k in shared)
 
-
+# %% ../nbs/34_archives.ipynb #bedda9c1
 def _check_one_run(parts, counts, path, repeats):
     "Raise an ArchiveError for masks of different runs: as dense and not nested, or all the same"
     for (a, x), (b, y) in zip(zip(parts, counts), zip(parts[1:], counts[1:])):
@@ -422,7 +422,7 @@ def _check_gapless(numbers, where, what):
         "what comes after"
     )
 
-
+# %% ../nbs/34_archives.ipynb #bbcbbc81
 def _one_below(path, pattern):
     "`path`, or the only folder below it, at most two down, in which names like `pattern` are"
     has = lambda p: any(o.is_dir() and re.fullmatch(pattern, o.name) for o in p.iterdir())
@@ -459,7 +459,7 @@ def _number(text, path, line):
             "'name,iteration,number'. Mend it, or take it away: then accuracies are not known"
         ) from None
 
-
+# %% ../nbs/34_archives.ipynb #8d590117
 def _hparams(path):
     "What hparams.log of a level says: name -> text, the first where a name comes twice"
     said = {}
@@ -509,7 +509,7 @@ def _level(root, n, at):
 
     return _Part(f"level {n} of {root}", read, lambda: _Source(mask).masks(), n)
 
-
+# %% ../nbs/34_archives.ipynb #e92cab1e
 def _trained_levels(levels, root):
     "(levels that were trained, the last one if it waits for its training)"
     for n, p in levels.items():
@@ -617,7 +617,7 @@ def _untrained_part(first, names):
     read = lambda: _state(first, names, inside)
     return _Part(f"{inside} in {first}", read, lambda: read()[1], 0)
 
-
+# %% ../nbs/34_archives.ipynb #42b7c5d3
 def _cv_lth(path, after):
     "A run of CV_LTH_Pre-training, or None"
     part, files = _cv_files(path) or (None, None)
@@ -681,7 +681,7 @@ def _bert_names(models, path):
         raise ArchiveError(f"{path}: no checkpoint holds a mask, in mask.pt or in model.pt")
     return names
 
-
+# %% ../nbs/34_archives.ipynb #2372f05f
 def _bert_tickets(path, after):
     "A run of BERT-Tickets, or None"
     models = _bert_models(path)
@@ -761,7 +761,7 @@ def _matrices(path):
     shaped = {k for k, t in source.named.items() if len(t.shape) > 1 and not getattr(t, "odd", "")}
     return {k: t for k, t in source.read(shaped.__contains__).items() if t.is_floating_point()}
 
-
+# %% ../nbs/34_archives.ipynb #760184a8
 class _Zeros:
     "Masks of files in which pruned weights are zeros: for each weight the round of its pruning"
 
@@ -856,7 +856,7 @@ def _masked_parts(files, names):
     )
     return [part(p) for p in usable], _left_out(files, usable)
 
-
+# %% ../nbs/34_archives.ipynb #48a9018b
 def _whole(path, names):
     "(weights before the last mask, masks) of a file with X_orig and X_mask"
     weights, masks = _state(path, names)
@@ -927,7 +927,7 @@ def _pair_files(path):
         )
     return {k: (weights[k], masks[k]) for k in sorted(weights)}
 
-
+# %% ../nbs/34_archives.ipynb #eb4993b8
 def _pair_part(key, weights, mask):
     "How to read a pair"
     masks = lambda: _Source(mask).masks()
@@ -993,7 +993,7 @@ def _explain_nothing(path, kinds):
     inner = f" {_explain_seeds(path, runs)}" if runs else f" Looked for:{looked}"
     return f"no run is recognised in {path}, which holds {there}.{inner}"
 
-
+# %% ../nbs/34_archives.ipynb #98177711
 def _holds_run(path, kinds):
     "Is there a run in a folder, whole or not"
     try:

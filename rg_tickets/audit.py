@@ -148,7 +148,7 @@ def _rounded(schedule, alive, sizes):
     wanted = sum(schedule.remove(a, n) for a, n in zip(alive, sizes))
     return wanted, sum(map(math.floor, exact)), sum(map(math.ceil, exact))
 
-
+# %% ../nbs/34a_audit.ipynb #2c70a309
 def _explain_count(c, want, low, high, tensors=1):
     "Why this number of weights was removed, if it is as wanted; else None"
     if c.removed == want:
@@ -247,7 +247,7 @@ def _pruning(masks, last, stale, initial, dense):
     lost = [k for k, m in before.items() if (m & ~masks[k]).any()]
     return dict(removed=len(removed), back=back, count=count, lost=lost) | rank
 
-
+# %% ../nbs/34a_audit.ipynb #f2d33f4e
 @dataclass(frozen=True)
 class _Claims:
     "What is claimed of a run"
@@ -281,7 +281,7 @@ def _nothing_removed(c, schedule):
     right = schedule and _counted(c, schedule)[1]
     return "nothing removed, as scheduled" if right else "NOTHING REMOVED"
 
-
+# %% ../nbs/34a_audit.ipynb #4638c07b
 def _in_round(schedule, n):
     "The schedule of round n, where there is one for each"
     listed = isinstance(schedule, RoundSchedule) and 0 < n <= len(schedule.fractions)
@@ -346,7 +346,7 @@ def _claims_of(run, schedule, scope, counts, numbers):
     dense, ranked = tuple(said.get("dense", ())), getattr(run, "ranked", True)
     return _Claims(_guess(counts) if guess else schedule, scope, dense, guess, ranked)
 
-
+# %% ../nbs/34a_audit.ipynb #8c50ae36
 @torch.no_grad()
 def audit(
     run,  # an Archive, or a list of (weights, masks) in round order, masks those in force

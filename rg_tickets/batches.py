@@ -120,7 +120,7 @@ class Study:
     steps: tuple  # of Step
     folder: str | None = None  # where everything goes, runs/<name> if None
 
-
+# %% ../nbs/40f_batches.ipynb #0b471f09
 @dataclass(frozen=True)
 class Job:
     "One notebook to be executed"
@@ -189,7 +189,7 @@ def _made(cls, given, where):
             raise ValueError(f"{where} does not say its {f.name}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
-
+# %% ../nbs/40f_batches.ipynb #52df4a70
 def _inside(path, where):
     "Refuse a folder that is not below the one it belongs to"
     parts = re.split(r"[\\/]", path)
@@ -242,7 +242,7 @@ def read_text(
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text") from None
 
-
+# %% ../nbs/40f_batches.ipynb #fef580f1
 def studies() -> list:
     "Names of the studies that come with the package"
     return sorted(
@@ -332,7 +332,7 @@ def _ids(step, grid):
     digits = hashlib.sha256(json.dumps(grid, sort_keys=True).encode()).hexdigest()
     return f"{step.name}-{_slug(grid)}-{digits[:16]}", f"{step.name}-{digits[:6]}"
 
-
+# %% ../nbs/40f_batches.ipynb #29950216
 def _combinations(step):
     "Every combination of a step's grid"
     for k, values in step.grid.items():
@@ -401,7 +401,7 @@ def _json(path):
     except (OSError, ValueError):
         return None
 
-
+# %% ../nbs/40f_batches.ipynb #7f54add4
 class Kept:
     "A study's folder, and what its notes say"
 
@@ -477,7 +477,7 @@ def jobs(self):
             f"{path} is damaged: start the study again with its file, which writes it anew; what is done stays done"
         ) from None
 
-
+# %% ../nbs/40f_batches.ipynb #7cee40fa
 _NOTE = dict(
     facts=str,
     complaint=str,
@@ -514,7 +514,7 @@ def write(self, job, **facts):
     with replacing(self.home(job) / "job.json") as tmp:
         tmp.write_text(json.dumps(dict(facts, id=job.id, facts=job.facts), indent=1))
 
-
+# %% ../nbs/40f_batches.ipynb #b6b1e93c
 @patch_to(Kept)
 def seen(self, job):
     "The outcomes of its predecessors, as far as they are done"
@@ -559,7 +559,7 @@ def at(self, job):
         sum(v - min(began.get(k, 0), v) for k, v in x.items()),
     )
 
-
+# %% ../nbs/40f_batches.ipynb #26d03352
 def in_words(
     seconds: float,  # a duration
 ) -> str:
@@ -615,7 +615,7 @@ def _single(folder):
         rows.append((run["id"], run["label"], state, at, "", note))
     return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
 
-
+# %% ../nbs/40f_batches.ipynb #d8f9e859
 def own_runs(
     folder,  # any folder
 ) -> list:  # of paths
@@ -654,7 +654,7 @@ def _is_over(ticket):
         or first < number("min_accuracy", -math.inf)
     )
 
-
+# %% ../nbs/40f_batches.ipynb #37b09c46
 def _row_of_own(home, name):
     "The status of a run that `imp` was given by itself"
     ticket = _ticket(home)
@@ -671,7 +671,7 @@ def _row_of_own(home, name):
     note = ", ".join(f"{k} {last[k]:.4g}" for k in told if pd.notna(last[k]))
     return name, label or name, state, at, "", note
 
-
+# %% ../nbs/40f_batches.ipynb #51e16630
 def status(
     folder,  # of a study, of one experiment, or that `imp` was given
 ) -> pd.DataFrame:  # a row per job: job (its folder), name, state, at, left, note
@@ -699,7 +699,7 @@ def status(
         rows.append((job.id, str(job), state, at, left, n.get("complaint", "")))
     return pd.DataFrame(rows, columns=["job", "name", "state", "at", "left", "note"])
 
-
+# %% ../nbs/40f_batches.ipynb #6882a7f5
 def lines(
     table: pd.DataFrame,  # of `status`
     most: int = 40,  # jobs to show; those that are done or queued are left out first
@@ -764,7 +764,7 @@ def _joined(parts):
     front = [c for c in ("run", "job", "step", "task", "model", "control", "seed") if c in frame]
     return frame[front + [c for c in frame if c not in front]]
 
-
+# %% ../nbs/40f_batches.ipynb #3c0bef6c
 def _collected(folder, table):
     "A table of one experiment"
     if table == "rounds":
@@ -788,7 +788,7 @@ def _rounds_of_own(homes):
         out.append(_rounds_in(ticket).assign(run=home.resolve().name, **facts))
     return out
 
-
+# %% ../nbs/40f_batches.ipynb #5e2de5d1
 def collect(
     folder,  # of a study, of one experiment, or that `imp` was given
     table: str = "rounds",  # "rounds", or the name of a table that jobs leave: exponents, gaps, flow ...
@@ -849,7 +849,7 @@ def _further(folder):
         f'In Python: rg_tickets.reports.flow_at("{folder}")',
     ]
 
-
+# %% ../nbs/40f_batches.ipynb #52fc519c
 def _show_own(home):
     "A run that `imp` was given by itself: what it is, and its rounds"
     _, name, state, at, _, _ = _row_of_own(home, home.name)
@@ -887,7 +887,7 @@ def _show_single(folder):
     out += ["", verdict.read_text(encoding="utf-8").rstrip()] if verdict.exists() else []
     return out + (_further(folder) if (folder / "flow.csv").exists() else [])
 
-
+# %% ../nbs/40f_batches.ipynb #851aa53e
 def _show_other(path):
     "A folder that no study and no plan knows: runs that `imp` was given, or a whole study"
     if (path / "study.json").exists():
@@ -900,7 +900,7 @@ def _show_other(path):
         return _show_own(path)
     return lines(status(path), most=1000, width=160, what="runs")
 
-
+# %% ../nbs/40f_batches.ipynb #8ade7377
 def show(
     path,  # folder of a job, of a run, of one experiment, or that `imp` was given
 ) -> list:  # lines of text

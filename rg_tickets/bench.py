@@ -205,7 +205,7 @@ def _plain_round(network, train, epochs, lr):
             opt.step()
             rate.step()
 
-
+# %% ../nbs/42_bench.ipynb #4cb57ff7
 def plain_imp(
     task: Task,  # image task with one channel
     network: nn.Module,  # on the CPU, at its initial weights

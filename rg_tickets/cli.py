@@ -38,7 +38,7 @@ def _common(
 ):
     pass
 
-
+# %% ../nbs/41_cli.ipynb #c4c91b5a
 @app.command("list")
 def list_(
     experiment: Optional[str] = typer.Argument(
@@ -113,7 +113,7 @@ def _plan(experiment, given, tflops, measure, output):
         runs.write_csv(output, plan.frame)
         typer.echo(f"\nThe plan as a table: {output}")
 
-
+# %% ../nbs/41_cli.ipynb #b094983d
 def _check(experiment, given):
     "Refuse what a plan refuses, and data that are missing; say what will be pruned"
     from rg_tickets import plans, runs, specs
@@ -126,7 +126,7 @@ def _check(experiment, given):
     for line in specs.describe_pruning(work.specs):
         typer.echo(line)
 
-
+# %% ../nbs/41_cli.ipynb #d4bd5d2c
 @app.command()
 def run(
     experiment: str = typer.Argument(
@@ -172,7 +172,7 @@ def run(
         _go(experiment, home, given)
     _done(home, began)
 
-
+# %% ../nbs/41_cli.ipynb #976029c2
 def _go(experiment, folder, given):
     "Execute a notebook, and say where"
     from rg_tickets import notebooks
@@ -265,7 +265,7 @@ def study(
         table = conduct.conduct(plan, folder, executor, jobs)
     _ended(folder, table)
 
-
+# %% ../nbs/41_cli.ipynb #4a2dc87a
 def _ended(folder, table):
     "Say what a study's end leaves to do; exit status 1 if something failed"
     typer.echo(
@@ -365,7 +365,7 @@ def _answer(lines, table, output, draw, plot):
     if plot:
         typer.echo(f"Figure: {reports.save_figure(draw(), plot)}")
 
-
+# %% ../nbs/41_cli.ipynb #b669707c
 @app.command()
 def flow(
     path: str = typer.Argument(..., help=_RUN),
@@ -425,7 +425,7 @@ def audit(
     if wrong:
         raise typer.Exit(1)
 
-
+# %% ../nbs/41_cli.ipynb #4d77b9d1
 @app.command()
 def compare(
     runs: list[str] = typer.Argument(

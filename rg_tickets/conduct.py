@@ -54,7 +54,7 @@ def _files(folder):
         if p.suffix in (".csv", ".png", ".txt") and p.is_file()
     }
 
-
+# %% ../nbs/40h_conduct.ipynb #ae963655
 def _bring(before, runs, home):
     "Copy what a notebook wrote beside its runs to the job's own folder, where the next notebook will not write over it"
     if home.resolve() == runs.resolve():
@@ -81,7 +81,7 @@ def _attempt(kept, job, more):
         return str(e) if isinstance(e, RunsFailed) else plainly(e)
     (home / "error.txt").unlink(missing_ok=True)
 
-
+# %% ../nbs/40h_conduct.ipynb #6107d1db
 def perform(
     folder: str,  # the study's, as this worker sees it
     job: Job,  # what to do
@@ -121,7 +121,7 @@ def perform(
 # %% ../nbs/40h_conduct.ipynb #c2e7bab9
 ENDED = ("done", "failed", "waiting")
 
-
+# %% ../nbs/40h_conduct.ipynb #d5814523
 class Conductor:
     "Gives a study's jobs to an executor"
 
@@ -191,7 +191,7 @@ def _outcome(future):
         ).__name__ == "KilledWorker" else f"{type(e).__name__}: {e}"
     return note["state"], None
 
-
+# %% ../nbs/40h_conduct.ipynb #de20d9cf
 @patch_to(Conductor)
 def take(self, seconds):
     "Wait for something to come back, and take it; jobs that are done, but have seen another outcome of it, are queued again"

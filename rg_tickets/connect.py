@@ -77,7 +77,7 @@ def _solution(network, weights, name):
         )
     return {k: found[k] for k in mine}
 
-
+# %% ../nbs/32b_connect.ipynb #44eeeefb
 def connectivity(
     network: nn.Module,  # any network of the right shape; its own weights are put back in the end
     weights_a: dict,  # state_dict of one solution

@@ -82,7 +82,7 @@ def _one_critical(t, a, crossing, level, draws, rng):
         high=np.inf if np.isinf(drawn).mean() > 0.05 or tc + half > t[-1] else tc + half,
     )
 
-
+# %% ../nbs/33b_critical.ipynb #a82507ae
 def critical(
     flow: Flow,  # any number of systems, at least two seeds each
     crossing: str = "last",  # as in `leaves`

@@ -128,7 +128,7 @@ def blocks(
         )
     return count
 
-
+# %% ../nbs/32_elastic.ipynb #093ca901
 def fitted(
     mapping: BlockMap | str,  # a map, or its notation
     source,  # what it takes blocks from, as in `blocks`
@@ -354,7 +354,7 @@ def _model(counts, names):
 
 _OF_SOURCE = "initial", "masks", "structure", "prunes", "unsaved"  # facts of the source's network
 
-
+# %% ../nbs/32_elastic.ipynb #87920eb5
 def stretch(
     ticket: Ticket,  # the source's, not changed
     mapping: BlockMap | str,  # a map, its notation, or a name in `STRATEGIES` if there is a target
@@ -498,7 +498,7 @@ def _flow_parts(ticket, n, rounds, weights):
         wide("l1").values,
     )
 
-
+# %% ../nbs/32_elastic.ipynb #13198d15
 def _free_parts(ticket, n, rounds, weights):
     "From the magnitudes of the survivors, at thresholds close enough to interpolate between"
     masks = ticket.history.mask(n)
@@ -576,7 +576,7 @@ def _choices(s, t, ordered):
     }
     return [(0, *o) for o in pick[t > s, ordered](range(1, s), t - 1)]
 
-
+# %% ../nbs/32_elastic.ipynb #b27f4981
 def every_map(
     source,  # as in `blocks`
     target,  # likewise
@@ -616,7 +616,7 @@ def every_map(
         return [(o,) * len(a) for o in _choices(a[0], b[0], ordered)]
     return list(itertools.product(*(_choices(s, t, ordered) for s, t in zip(a, b))))
 
-
+# %% ../nbs/32_elastic.ipynb #aac740d2
 def _size(s, t, ordered):
     "How many stage maps there are from s normal blocks to t"
     if t > s:

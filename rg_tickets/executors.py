@@ -43,7 +43,7 @@ def _sit(pipe, environment, parent):
                 answer = pickle.dumps((False, RuntimeError(f"{type(e).__name__}: {e}")))
         pipe.send_bytes(answer)
 
-
+# %% ../nbs/40g_executors.ipynb #b49d1aca
 class Seat:
     "A process that does one thing after another"
 

@@ -139,7 +139,7 @@ def free_line(
     x, look = np.asarray(x), dict(color=PALETTE["null"], lw=1.2, ls=":", label=label)
     ax.hlines(values, x - 0.45, x + 0.45, **look) if steps else ax.plot(x, values, **look)
 
-
+# %% ../nbs/00a_figures.ipynb #4cd793d8
 def legend(
     ax,  # axes whose marks are explained
     outside: bool = False,  # at the right of the axes instead of within

@@ -102,7 +102,7 @@ def _dtype(name):
     found = getattr(torch, name.removeprefix("torch."), None)
     return found if isinstance(found, torch.dtype) else None
 
-
+# %% ../nbs/09a_files.ipynb #bec2537b
 def is_dtype(
     name: str,  # of a class or function that a file asks for
 ) -> bool:
@@ -153,7 +153,7 @@ _GET = {"GET", "BINGET", "LONG_BINGET"}
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict"}
 _MOST = 5_000_000  # instructions; a whole BERT with its hooks has some 20,000
 
-
+# %% ../nbs/09a_files.ipynb #f0104d5c
 class _Machine:
     "Runs a pickle on plain values"
 
@@ -252,7 +252,7 @@ def _extend(target, values):
         raise ValueError("a value for what is no list")
     (target.items if isinstance(target, Inert) else target).extend(values)
 
-
+# %% ../nbs/09a_files.ipynb #e3688483
 class _Containers(_Machine):
     "The instructions that make tuples, lists and dictionaries"
 
@@ -332,7 +332,7 @@ def _mapping(args):
             _fill(out, pair)
     return out
 
-
+# %% ../nbs/09a_files.ipynb #383d5860
 class Pickle(_Containers):
     "A pickle that is run without being obeyed"
 
@@ -376,7 +376,7 @@ class Pickle(_Containers):
             self.itemsizes[storage.key] = storage.dtype.itemsize if storage.dtype else 1
         self.stack.append(storage)
 
-
+# %% ../nbs/09a_files.ipynb #f70eeae7
 def _storage(pid):
     "The storage that a file names, or a stand-in for the text of a class, as old files have it"
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
@@ -421,7 +421,7 @@ def _check_members(archive, size):
     if len({member.filename for member in members}) < len(members):
         raise ValueError("two members of the archive have one name")
 
-
+# %% ../nbs/09a_files.ipynb #84c7c02a
 def _zip_root(names):
     "The folder in which torch put everything"
     roots = [n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl")]
@@ -499,7 +499,7 @@ def _view(flat, t):
         raise ValueError("a tensor is larger than its storage")
     return flat.as_strided(t.shape, t.stride, t.offset if t.numel() else 0)
 
-
+# %% ../nbs/09a_files.ipynb #93f0c044
 class TorchFile:
     "A file of torch.save, opened without being obeyed; tensors are read when they are wanted"
 
@@ -581,7 +581,7 @@ def _parts_of(module):
     part = lambda key: state[key] if isinstance(state.get(key), dict) else {}
     return part("_parameters") | part("_buffers"), part("_modules")
 
-
+# %% ../nbs/09a_files.ipynb #495bee84
 def _walk(module):
     "name -> Stored below a pickled module, in module order; each module once"
     found, seen, waiting = {}, set(), [("", module)]
@@ -650,7 +650,7 @@ def _explain_several(where, keys):
         "inside='...', or save it alone"
     )
 
-
+# %% ../nbs/09a_files.ipynb #ffd2225b
 class _Search:
     "Looks for the tensors of a network in dictionaries within dictionaries, each once"
 
@@ -680,7 +680,7 @@ class _Search:
             raise FileError(_explain_several(self.where, found))
         return next(iter(found.values()), None)
 
-
+# %% ../nbs/09a_files.ipynb #9cf38f71
 def find_tensors(
     content,  # what a file holds: a network, a state_dict, a checkpoint with either in it
     kind: type = Stored,  # of a tensor: Stored in a file, torch.Tensor in memory

@@ -46,7 +46,7 @@ LABELS = [
     "control",
 ]  # what is compared; runs that agree in these and differ in "seed" are repetitions
 
-
+# %% ../nbs/30_flows.ipynb #43082eb1
 @dataclass
 class Flow:
     "A tidy table of rounds, and the questions one asks of it"
@@ -109,7 +109,7 @@ class Flow:
         "Several flows as one"
         return cls(pd.concat([f.frame for f in flows], ignore_index=True))
 
-
+# %% ../nbs/30_flows.ipynb #d4ae96e3
 def _rows(r):
     "The rows of one round, a dict as a ticket stores it"
     scores = [v for k, v in r["metrics"].items() if k != "loss"]
@@ -161,7 +161,7 @@ def _check_numbers(path, frame, k):
     if len(frame):
         raise ValueError(f"{path}, line {row + 2}: {k} is {value!r}, and has to be a number")
 
-
+# %% ../nbs/30_flows.ipynb #571afbd7
 def _read_flow(path):
     "The table of a flow in a CSV file"
     what = "no table of flows"
@@ -236,7 +236,7 @@ def _groups_of_runs(frame, by):
     runs = frame.groupby(LABELS + ["seed"], sort=False, dropna=False)
     return runs.tensor.transform(group)
 
-
+# %% ../nbs/30_flows.ipynb #28f9074d
 def observable(
     flow: Flow,  # any number of runs
     kind: str = "share",  # a name in `OBSERVABLES`
@@ -333,7 +333,7 @@ def _check_scores(acc):
             "known: take window='all'"
         )
 
-
+# %% ../nbs/30_flows.ipynb #6d8d7c41
 def shared_window(
     flow: Flow,  # runs of several tasks or models, control "imp", at least two seeds each
 ) -> list:  # rounds
@@ -450,7 +450,7 @@ def _summary(g, level, error):
         )
     )
 
-
+# %% ../nbs/30_flows.ipynb #e3b9ec18
 def exponents(
     flow: Flow,  # any number of runs
     kind: str = "share",  # observable
@@ -729,7 +729,7 @@ def _beyond(d, what):
     )
     return f"{what} {len(clear)} of {len(d)} exponents by more than the 95 % interval{tail}"
 
-
+# %% ../nbs/30_flows.ipynb #fe6b1b03
 def _one_task(flow, task, by, window):
     "What one task's exponents are, and what they are beside the null"
     mine = flow.where(task=task)
@@ -760,7 +760,7 @@ def _one_task(flow, task, by, window):
         )
     return lines
 
-
+# %% ../nbs/30_flows.ipynb #ba3ef946
 def _pairs_in_words(real, tasks, by, window):
     "Where two tasks differ; tasks with different windows are not compared"
     tables = {t: slopes(real.where(task=t), by=by, window=window) for t in tasks}
@@ -833,7 +833,7 @@ def _factors(weights, masks, where, error):
     masks = {k if k in weights else k.removesuffix("_mask"): m for k, m in masks.items()}
     return weights | products, masks
 
-
+# %% ../nbs/30_flows.ipynb #631e1b49
 def _each_once(weights, masks, where, error):
     "Masks under the first names of their tensors, and name -> first name of those with two names"
     try:
@@ -888,7 +888,7 @@ def _finite(t):
     "Are all numbers finite; eight-bit floats are compared as larger ones"
     return bool((t.float() if t.itemsize == 1 else t).isfinite().all())
 
-
+# %% ../nbs/30_flows.ipynb #8f7a474a
 def check_round(
     weights,  # name -> tensor or array, or a network; more than have masks will do
     masks=None,  # name -> tensor or array of zeros and ones; None: X_mask among the weights
@@ -999,7 +999,7 @@ def _by_seed(rounds, what):
         f"a {type(rounds).__name__} was given"
     )
 
-
+# %% ../nbs/30_flows.ipynb #2334775a
 def _runs_in_memory(weights, masks, metrics):
     "seed -> facts of its rounds; runs of different networks are a ValueError"
     weights = _by_seed(weights, "weights")

@@ -109,7 +109,7 @@ def _gaussian(*types):
         else _default(layer, network)
     )
 
-
+# %% ../nbs/24_free.ipynb #e3ab4cc7
 def _config(layer, network):
     if (s := getattr(getattr(network, "config", None), "initializer_range", None)) is None:
         raise ValueError(

@@ -105,7 +105,7 @@ def _build(ticket):
     )
     return f"resnet({name!r}, classes={w['fc.weight'].shape[0]}, in_channels={size[1]}, {own})"
 
-
+# %% ../nbs/35_hub.ipynb #c0b3d057
 def _loading(ticket, where):
     "Five lines that load the ticket into a network"
     build = _build(ticket)
@@ -148,7 +148,7 @@ def _score(r):
     said = r.get("metrics") if isinstance(r.get("metrics"), dict) else {}
     return next(((k, _number(v)) for k, v in said.items() if k != "loss"), ("metric", np.nan))
 
-
+# %% ../nbs/35_hub.ipynb #70856007
 def _front(ticket, licence):
     "The block of YAML at the top of a card"
     about, h = ticket.about, ticket.history
@@ -220,7 +220,7 @@ def _structure(about):
         rows.append(("tied, counted once", _code(pairs, 400)))
     return rows
 
-
+# %% ../nbs/35_hub.ipynb #f4343b60
 def _rounds(ticket):
     "The table of densities and scores"
     rows = [
@@ -368,7 +368,7 @@ _NET = (
 def _status(e):
     return getattr(getattr(e, "response", None), "status_code", None)
 
-
+# %% ../nbs/35_hub.ipynb #35038436
 def _why(e, repo):
     "What went wrong between here and the Hub, and what to do"
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -446,7 +446,7 @@ def push_to_hub(
             )
     return str(url)
 
-
+# %% ../nbs/35_hub.ipynb #c72ad60d
 def _told(page, repo, sub):
     "Name the subfolder in the lines that load the ticket"
     page.write_text(
@@ -497,7 +497,7 @@ def from_pretrained(
             f"the ticket of {repo} cannot be used: {e}. If the download was cut short, force=True downloads it again"
         ) from None
 
-
+# %% ../nbs/35_hub.ipynb #4f0667a1
 def _local(folder, sub, revision):
     "A ticket from a folder or a file"
     if revision:

@@ -46,6 +46,8 @@ from rg_tickets.tickets import (
     save_tensors,
     save_trained,
 )
+
+# %% ../nbs/23_imp.ipynb #78c56d54
 from rg_tickets.train import (
     Diverged,
     Masked,
@@ -108,7 +110,7 @@ def score_weights(
             )
     return scores
 
-
+# %% ../nbs/23_imp.ipynb #aa583507
 def _check_scores(found, params, name):
     "Refuse scores that are not one real tensor for each parameter"
     if not isinstance(found, dict):
@@ -281,7 +283,7 @@ def _check_history(rounds):
             f"rounds={rounds}: a history holds at most {ALIVE - 1}; prune more per round"
         )
 
-
+# %% ../nbs/23_imp.ipynb #d710a691
 def check_rewind(
     how: Policy,  # what is set back
     k: int,  # optimizer step of the rewind point
@@ -307,7 +309,7 @@ def check_rewind(
 # %% ../nbs/23_imp.ipynb #324a87bd
 KEEP = (None, "last", "best")
 
-
+# %% ../nbs/23_imp.ipynb #acd1b482
 @dataclass(frozen=True)
 class Choices:
     "The arguments of a run, checked"
@@ -349,7 +351,7 @@ class Choices:
             or (self.min_accuracy is not None and r.metrics[metric] < self.min_accuracy)
         )
 
-
+# %% ../nbs/23_imp.ipynb #3432f5b4
 def check_arguments(
     recipe: Recipe = Recipe(),  # as `imp` takes it, and so are all that follow
     rounds: int = 12,  # prunings
@@ -412,7 +414,7 @@ def check_arguments(
         every=_seconds(checkpoint_every),
     )
 
-
+# %% ../nbs/23_imp.ipynb #4da87776
 def _chosen_score(score, control, variant):
     "The function that ranks weights; one of one's own only where a control leaves the choice"
     if score is None:
@@ -590,7 +592,7 @@ def coarse_grain(self, n):
         self.history, scores, counts(choices.schedule, self.history, choices.scope)
     )
 
-
+# %% ../nbs/23_imp.ipynb #14de1f1c
 @patch_to(_Run)
 def scores(self, n):
     "What ranks the weights for round n + 1, refused if it ranks nothing"
@@ -650,7 +652,7 @@ def put_kept(self):
     if self.kept:
         set_state(self.network, self.kept)
 
-
+# %% ../nbs/23_imp.ipynb #b0a81859
 @patch_to(_Run)
 def find_trained(self):
     "Refuse to go on if the network to keep was trained before, and not kept"
@@ -703,7 +705,7 @@ def save_state(self, n, step, loss):
         "state",
     )
 
-
+# %% ../nbs/23_imp.ipynb #c150b1aa
 @patch_to(_Run)
 def load_state(self):
     "Take weights and optimizer from the state on disk"
@@ -731,7 +733,7 @@ def save_unsaved(self):
         path, header = self.folder / "unsaved.safetensors", dict(numbers=numbers, run=self.mark)
         self.world.once(lambda: save_tensors(path, tensors, header, "unsaved"))
 
-
+# %% ../nbs/23_imp.ipynb #9493bc1d
 @patch_to(_Run)
 def load_unsaved(self):
     "What the network held at the rewind point besides its weights"
@@ -800,7 +802,7 @@ def other_run(self, found):
     unknown = [k for k in mine if k not in theirs and k not in _NOT_COMPARED]
     return other, unknown + [k for k in skip if k in _OF_CODE]
 
-
+# %% ../nbs/23_imp.ipynb #00d93d28
 def _is_longer(theirs, mine):
     "Are the rounds of a stored run the first ones of those that are asked for"
     if not theirs["rounds"] < mine["rounds"]:
@@ -834,7 +836,7 @@ def _old_names(self, theirs):
     full = self.network, unwrap(self.network)
     return theirs.get("initial") in [digest(net.state_dict()) for net in full]
 
-
+# %% ../nbs/23_imp.ipynb #38cf535c
 @patch_to(_Run)
 def resume(self):
     "Go on from the files in the folder, if they are there and of this run"
@@ -861,7 +863,7 @@ def resume(self):
     self.find_trained()
     return True
 
-
+# %% ../nbs/23_imp.ipynb #67c13e4e
 @patch_to(_Run)
 def warn(self, theirs, unknown):
     "Say that a run was begun with other versions, which is noted in its ticket"
@@ -940,7 +942,7 @@ def _say_pruned(line, quiet):
         _SAID.add(line)
         print(textwrap.fill(line, 100, subsequent_indent="    "), file=sys.stderr, flush=True)
 
-
+# %% ../nbs/23_imp.ipynb #26dec58e
 def prepare_run(
     task: Task,  # as `imp` takes it, and so are network, ticket, device and report
     network: torch.nn.Module,  # moved to the device
@@ -998,7 +1000,7 @@ def prepare_run(
         world=world,
     )
 
-
+# %% ../nbs/23_imp.ipynb #415b21c5
 def _try_step(task, network, loss, seed, start):
     "Refuse what a training step changes and nobody can set back"
     with unchanged(network, *task.beside().values()), seeded(seed, "peek"):
@@ -1022,7 +1024,7 @@ def _of_data(task, network, choices):
     name = getattr(task.loss, "__qualname__", type(task.loss).__name__)
     return dict(first_batch=first, loss=name, metrics=list(task.metrics))
 
-
+# %% ../nbs/23_imp.ipynb #fc2023c9
 def _facts(task, network, choices, params, ticket, world):
     "What the results of a run depend on, as plain facts"
     inner, fingerprint = unwrap(network), task.fingerprint()
@@ -1059,7 +1061,7 @@ def _facts(task, network, choices, params, ticket, world):
     _check_plain(about)
     return about
 
-
+# %% ../nbs/23_imp.ipynb #4545a5cd
 def _check_plain(about):
     "Refuse facts that a ticket cannot hold"
     for k, v in about.items():
@@ -1126,7 +1128,7 @@ def train_to_rewind_point(self):
         )
     self.set_rewind_point()
 
-
+# %% ../nbs/23_imp.ipynb #1b6cc34c
 @patch_to(_Run)
 def set_rewind_point(self):
     "Make the network as it is now what rounds go back to"
@@ -1172,7 +1174,7 @@ def _check_kinds(task, network, recipe, ticket):
                 + (": task and network are swapped, the task comes first" if swapped else "")
             )
 
-
+# %% ../nbs/23_imp.ipynb #4d9b46b0
 def imp(
     task: Task,  # what to train on
     network: torch.nn.Module,  # at its initial weights; trained in place, see `keep`

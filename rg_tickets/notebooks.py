@@ -43,7 +43,7 @@ def _beside(name):
     paths = [Path(os.environ.get(_OWN, "")), Path(f"{name}.ipynb")]
     return next((p for p in paths if p.stem == name and p.is_file()), None)
 
-
+# %% ../nbs/40a_notebooks.ipynb #be9813a2
 def source_of(
     name: str,  # an experiment, or the path of a notebook of one's own, ending in .ipynb
 ):  # a file, or what `importlib.resources` gives for one
@@ -210,7 +210,7 @@ def _check_counts(values, given, least, what):
     if rounds is not None and rounds < 2:
         raise ValueError(f"rounds={rounds} is too few for a slope: give 2 or more")
 
-
+# %% ../nbs/40a_notebooks.ipynb #152a00ed
 def settle(
     given: dict,  # parameter -> value, as `declared` gives them; None: as the scale says
     scales: dict,  # scale -> parameter -> value
@@ -343,7 +343,7 @@ def _kernels():
                 o.process.kill()
         raise
 
-
+# %% ../nbs/40a_notebooks.ipynb #cb35905a
 def _apart(function):
     "Call a function in a thread, so that Ctrl-C reaches this one at once; then the thread is not waited for"
     found = []
@@ -363,7 +363,7 @@ def _apart(function):
         raise error
     return value
 
-
+# %% ../nbs/40a_notebooks.ipynb #53aa12f9
 def run(
     name: str,  # an experiment, or the path of a notebook of one's own
     folder,  # where everything goes
@@ -393,7 +393,7 @@ def run(
             _finish(part, out, name, given)
     return out
 
-
+# %% ../nbs/40a_notebooks.ipynb #a9128997
 def _execute(name, source, part, given, out):
     "Have papermill execute a notebook"
     import nbclient, papermill
@@ -430,7 +430,7 @@ def _quiet():
     before = os.environ.get("PYTHONWARNINGS")
     return ",".join([before] * bool(before) + ["ignore:resource_tracker"])
 
-
+# %% ../nbs/40a_notebooks.ipynb #218f5d47
 @contextlib.contextmanager
 def _environment(**values):
     "Environment variables for the length of a block"

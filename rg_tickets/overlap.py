@@ -52,7 +52,7 @@ def _levels(null, n, fine):
         raise ValueError("fine=True needs the rounds of the null: give its history or ticket")
     return history.died
 
-
+# %% ../nbs/32c_overlap.ipynb #748013ae
 def _check_alike(a, b, null):
     "Refuse masks that are not of one network"
     shape = lambda m: tuple(m.shape)
@@ -93,7 +93,7 @@ def _correlate(counts):
         return math.nan, math.nan
     return float(cov.sum() / size), math.sqrt((u * v / np.maximum(n - 1, 1)).sum()) / size
 
-
+# %% ../nbs/32c_overlap.ipynb #f39294ee
 def learned_overlap(
     a,  # masks: name -> bool tensor, or a MaskHistory, or a Ticket
     b,  # masks of the same network, grown from the same initial weights
@@ -172,7 +172,7 @@ def learned_overlaps(
         )
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/32c_overlap.ipynb #67c5281b
 def overlap_matrix(
     table: pd.DataFrame,  # what `learned_overlaps` gave
     value: str = "value",  # a column of it

@@ -60,7 +60,7 @@ def _begins(f):
         and (f is runs.complete or "complete" in f.__code__.co_names)
     )
 
-
+# %% ../nbs/40c_plans.ipynb #8abd4bdd
 def _answered(f):
     "The function, answering `Unknown` where work would begin"
 
@@ -158,7 +158,7 @@ class Work:
                 self.ids.add(o.id)
         raise Planned
 
-
+# %% ../nbs/40c_plans.ipynb #cfdb3542
 def _python(source):
     "A cell without the lines that are IPython's own; a cell that is a script of another language is left out"
     if source.startswith("%%"):
@@ -197,7 +197,7 @@ def _exec(work, s):
         exec(compile(ast.Module([s], []), f"<{work.name}>", "exec"), work.scope)
     work.runners |= _wrapped(work.scope)
 
-
+# %% ../nbs/40c_plans.ipynb #9378a905
 def _postponed(work, s):
     "Whether a statement is an import that can wait until one of its names is used"
     if not isinstance(s, (ast.Import, ast.ImportFrom)) or s.names[0].name == "*":
@@ -268,7 +268,7 @@ def _plannable(statements):
     }
     return bool(names & {"trajectories", "transfers", "stretched", "complete"})
 
-
+# %% ../nbs/40c_plans.ipynb #f7a6a4d1
 def _list(work, statements):
     "Execute what is needed to list the work of a notebook"
     later, token = None, dry.set(work.note)
@@ -371,7 +371,7 @@ def _hooked(network, mark):
         for o in hooks:
             o.remove()
 
-
+# %% ../nbs/40c_plans.ipynb #2a86a0c0
 def _products(network, x):
     "(FLOPs of a forward pass, those of them in layers that read the batch itself)"
     names, first = {m: k for k, m in network.named_modules()}, []
@@ -434,7 +434,7 @@ def machine(where: torch.device) -> str:
         else str(where)
     )
 
-
+# %% ../nbs/40c_plans.ipynb #f3c04e2e
 def _once(spec, recipe, n, where, network=None):
     "One step with `n` samples: (seconds, network)"
     task, fresh = standin(spec, n) if network is None else (standin(spec, n, "meta")[0], network)
@@ -531,7 +531,7 @@ def _row(o, counted, measured):
         id=o.id,
     )
 
-
+# %% ../nbs/40c_plans.ipynb #e21c7b0d
 def _rows(items, counted, measured):
     "A row for each item; what differs in nothing but the seed is worked out once"
     known, rows = {}, []
@@ -559,7 +559,7 @@ class Plan:
     jobs: int  # runs at the same time
     tflops: float  # throughput another machine is assumed to sustain, TFLOP/s
 
-
+# %% ../nbs/40c_plans.ipynb #1f6a459a
 def plan_of(
     name: str,  # experiment
     given: dict | None = None,  # its parameters
@@ -616,7 +616,7 @@ def _bytes(n):
         n /= 1000
     return f"{n:.1f} TB"
 
-
+# %% ../nbs/40c_plans.ipynb #07528c20
 def _hours(h):
     "A time for reading"
     if h < 1 / 60:
@@ -673,7 +673,7 @@ def _missing(plan):
     lacks = [f.name for f in found if not f.there]
     return lacks + [name for name, _, _, there in _weights(plan) if not there]
 
-
+# %% ../nbs/40c_plans.ipynb #cb1fc182
 def _data(plan):
     "What has to be there, and how large it is"
     found = dict.fromkeys(facts(s, plan.root) for s in _kinds(plan.work.specs))
@@ -715,7 +715,7 @@ def _span(values):
     o = list(dict.fromkeys(values))
     return ", ".join(map(str, o)) if len(o) < 5 else f"{o[0]} ... {o[-1]}"
 
-
+# %% ../nbs/40c_plans.ipynb #c1e40bb6
 def _runs(plan):
     "The runs, seeds together"
     frame = plan.frame[plan.frame.kind == "run"]
@@ -763,7 +763,7 @@ def _runs(plan):
     yield ""
     yield from _columns(nets, ("task", "model", "preset", "prunable", "weights", "share"))
 
-
+# %% ../nbs/40c_plans.ipynb #68673631
 def _crossings(plan):
     "The transfers, gathered by kind"
     frame = plan.frame[plan.frame.kind != "run"]
@@ -787,7 +787,7 @@ def _crossings(plan):
         rows, ("kind", "records", "ways", "after round", "seeds", "steps in all", "to")
     )
 
-
+# %% ../nbs/40c_plans.ipynb #68cea4bc
 def _disk(plan):
     "What will lie on the disk"
     f = plan.frame
@@ -842,7 +842,7 @@ def _spent(plan, frame):
         return ("not counted", *here, "not counted")
     return (f"{flops / 1e18:.3g}", *here, _hours(flops / plan.tflops / 3.6e15))
 
-
+# %% ../nbs/40c_plans.ipynb #43b24afe
 def _time(plan):
     "Arithmetic and hours"
     yield from _measured(plan)
@@ -868,7 +868,7 @@ def _time(plan):
         said += "--measure times real steps on this machine."
     yield from ("", *textwrap.wrap(said, 96, initial_indent="  ", subsequent_indent="  "))
 
-
+# %% ../nbs/40c_plans.ipynb #476b5440
 def text(plan: Plan) -> str:
     "The plan for a terminal of 100 columns"
     scale = plan.work.scope.get("scale")

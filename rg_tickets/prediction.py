@@ -56,7 +56,7 @@ def overlap(
     )
     return both / either if either else 1.0
 
-
+# %% ../nbs/33a_prediction.ipynb #1a280c4c
 def overlaps(
     histories: dict,  # (task, seed) -> MaskHistory
     n: int | None = None,  # after how many prunings
@@ -108,7 +108,7 @@ def density_distance(
         np.sqrt(((x.values[:, None] - x.values[None]) ** 2).mean(-1)), x.index, x.index.rename(None)
     )
 
-
+# %% ../nbs/33a_prediction.ipynb #0be26e8e
 def family_distance(
     tasks,  # names
     family=None,  # name -> family, a dict or a function; by default what stands before the first "/"
@@ -207,7 +207,7 @@ def _gain(mine, other, level):
     mean, _, low, high = interval(d, level) if len(d) else (np.nan,) * 4
     return dict(gain=mean, gain_low=low, gain_high=high)
 
-
+# %% ../nbs/33a_prediction.ipynb #739fa730
 def trial(
     outcome: pd.DataFrame,  # [tasks, tasks] from `outcome_of`: smaller is better
     predictors: dict,  # name -> [tasks, tasks], larger means less alike; the first is on trial
@@ -295,7 +295,7 @@ class Predictor:
         x = (table[self.names].values.astype(float) - self.center) / self.scale
         return 1 / (1 + np.exp(-(self.beta[0] + x @ self.beta[1:])))
 
-
+# %% ../nbs/33a_prediction.ipynb #cf49783a
 def fit(
     table: pd.DataFrame,  # from `pairs`
     names: str | list = "flow",  # predictors to use
@@ -321,7 +321,7 @@ def fit(
     found = minimize(loss, np.zeros(X.shape[1]), jac=True, method="L-BFGS-B")
     return Predictor(names, center, scale, found.x)
 
-
+# %% ../nbs/33a_prediction.ipynb #f6412aa2
 def rank(
     predictor: Predictor,  # from `fit`
     target: str,  # task that needs a ticket

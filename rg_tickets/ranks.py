@@ -68,7 +68,7 @@ def _join():
     PartialState(timeout=WAIT)
     atexit.register(_leave)
 
-
+# %% ../nbs/22b_ranks.ipynb #2441f578
 def world() -> World:
     "The world this process belongs to, joined if a launcher started it"
     if not dist.is_available():
@@ -108,7 +108,7 @@ def same(self, value):
     _talk(dist.broadcast_object_list, told, src=0)
     return told[0]
 
-
+# %% ../nbs/22b_ranks.ipynb #268cf98c
 @patch_to(World)
 def once(self, f):
     "Call `f` on rank 0 while the others wait; its error is everybody's. Gives what `f` gave on rank 0, None elsewhere"
@@ -202,7 +202,7 @@ class _Total(torch.autograd.Function):
     def backward(ctx, g):
         return _Total.forward(None, g.contiguous())
 
-
+# %% ../nbs/22b_ranks.ipynb #907dcf0a
 class _GlobalBatchNorm(nn.SyncBatchNorm):
     "Batch normalisation with the statistics of the global batch, on GPU and CPU"
 
@@ -284,7 +284,7 @@ def _own_draws(rank, call):
         torch.manual_seed(stream(torch.initial_seed(), "rank", rank, call))
         yield
 
-
+# %% ../nbs/22b_ranks.ipynb #3bef17c8
 def _shared(world, network, plain):
     "The forward pass `plain` of `network`, shared out over the ranks"
     last = [None, 0]  # seed of the step, forward passes under it

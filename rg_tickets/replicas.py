@@ -68,7 +68,7 @@ def _norm(m, K):
         m.num_features * K, m.eps, m.momentum, m.affine, m.track_running_stats, device="meta"
     )
 
-
+# %% ../nbs/23b_replicas.ipynb #a363622a
 WIDER = {
     nn.Conv1d: _conv,
     nn.Conv2d: _conv,
@@ -234,7 +234,7 @@ def _obstacle(task, networks, recipe):
     if recipe.optimizer == "lars":
         return "LARS takes the norm of whole tensors, and so would mix replicas"
 
-
+# %% ../nbs/23b_replicas.ipynb #806f7c73
 def way(
     task: Task,  # what to train on
     networks: list,  # K networks, on the device that trains
@@ -464,7 +464,7 @@ def _check_choices(choices, folders):
             "with this rewind policy or control a round needs the weights of an earlier one, and folders of replicas hold tickets only: leave `folders` out, or use `imp` for each seed"
         )
 
-
+# %% ../nbs/23b_replicas.ipynb #fe404848
 def _together(task, networks, seeds, tickets, folders, device, report, **kwargs):
     "A run of `imp` for each replica"
     seeds = [as_int(s, "seed") for s in seeds]

@@ -272,7 +272,7 @@ def audit_report(
         return table, [*lines, "", "Found:", *(f"  {o}" for o in wrong)], wrong
     return table, [*lines, "Nothing was found against this run."], wrong
 
-
+# %% ../nbs/40e_reports.ipynb #8323ad03
 def _circumstances(table):
     "What one has to know beside the table of an audit, as lines"
     facts = table.attrs
@@ -327,7 +327,7 @@ def _plain(v):
         ]
     )
 
-
+# %% ../nbs/40e_reports.ipynb #a019e4b1
 def compare_report(
     flow: Flow,  # runs of two systems or more
     against: str | None = None,  # control to take away first, e.g. "untrained" or "oneshot"
@@ -392,7 +392,7 @@ def _gaps_of(frame, path):
         )
     return gaps(frame)
 
-
+# %% ../nbs/40e_reports.ipynb #4a61c34a
 def gaps_at(
     path,  # CSV of transfers, a row per record of `transfer.transfer`; or of gaps, as `transfer.gaps` gives them
 ) -> pd.DataFrame:  # source, target, gap, transferable
@@ -422,7 +422,7 @@ def gaps_at(
         transferable=frame.transferable.map(lambda o: word.get(str(o), pd.NA)).astype("boolean")
     )
 
-
+# %% ../nbs/40e_reports.ipynb #389597a9
 def _only(target, control):
     "Labels of the one system of a target"
     systems = target.where(control=control).frame[LABELS].drop_duplicates()
@@ -478,7 +478,7 @@ def _ranked(d, name, transfers):
     )
     return rank(fit(table), name, flow=d).rename(columns=dict(flow="distance")), said
 
-
+# %% ../nbs/40e_reports.ipynb #3cf35958
 def predict_report(
     target: Flow,  # runs of one system
     candidates: Flow,  # runs of others that have tickets

@@ -55,7 +55,7 @@ def _steps(text, per_epoch):
     match = re.fullmatch(r"(\d+)(it|ep)", str(text))
     return int(match[1]) * (per_epoch if match[2] == "ep" else 1) if match else None
 
-
+# %% ../nbs/22a_rewind.ipynb #7774bf65
 POLICIES = {
     "init": Policy(PARTS, "back to the initial weights (Frankle & Carbin 2019)"),
     "step": Policy(
@@ -250,7 +250,7 @@ def prepare(
         )
     return what.rewind, _dense(task, place(network, find_device(device)), recipe, seed, folder)
 
-
+# %% ../nbs/22a_rewind.ipynb #03d162a4
 def check_source(
     prune_type: str,  # a name in `PRUNE_TYPES`
     source=None,  # where pre-trained weights come from, as `prepare` takes it; it is not opened

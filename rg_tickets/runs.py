@@ -98,7 +98,7 @@ def _rounds_kept(home):
             f"{e}: delete {home} and start again; without its ticket nothing of it can be used"
         ) from None
 
-
+# %% ../nbs/40_runs.ipynb #9c217bcf
 def execute(
     spec: Spec,  # what to run
     folder,  # the study's folder; the run's is folder/spec.id
@@ -195,7 +195,7 @@ def writable(
         ) from e
     return folder
 
-
+# %% ../nbs/40_runs.ipynb #7c2bf2b9
 def adopt(
     folder,  # the study's folder
     item,  # what is to run: anything with `id`
@@ -258,7 +258,7 @@ def plainly(error: Exception) -> str:
         return said
     return f"out of memory ({said.splitlines()[0][:200]}): run fewer jobs side by side, or take smaller batches or a narrower network; finished rounds are kept"
 
-
+# %% ../nbs/40_runs.ipynb #7242b25c
 @patch_to(Spec)
 def run(self, folder, **kwargs):
     "Execute the spec, following the ticket of the real run if its control follows one"
@@ -320,7 +320,7 @@ def _apart(spec, folder, kwargs):
         except futures.BrokenExecutor:
             return _KILLED
 
-
+# %% ../nbs/40_runs.ipynb #d64885c5
 _KILLED = "its worker was killed, twice (out of memory?); start again with fewer jobs, finished rounds are kept"
 
 

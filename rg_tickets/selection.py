@@ -215,7 +215,7 @@ def _magnitudes(part, wide, desk):
         part.abs() if part.device.type != "cpu" else np.abs(part.numpy(), out=desk[: part.numel()])
     )
 
-
+# %% ../nbs/19_selection.ipynb #fe5221cb
 def _sift_all(chunks, round, a, b, wide, most):
     "[(how many sure, places and magnitudes of the undecided)] of some chunks; None if something is not finite, [] if more than `most` are undecided"
     out, desk = (

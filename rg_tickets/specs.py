@@ -97,7 +97,7 @@ class Spec:
     def __str__(self):
         return f"{self.task} {self.control} seed {self.seed}"
 
-
+# %% ../nbs/39a_specs.ipynb #c6623318
 _DEFAULTS = asdict(Spec())
 
 # %% ../nbs/39a_specs.ipynb #eaefd6b8
@@ -257,7 +257,7 @@ def _picture_facts(spec, root):
         most=most,
     )
 
-
+# %% ../nbs/39a_specs.ipynb #2cf355c1
 _PARTS = {
     "2012/train": (5717, 1464),
     "2012/val": (5823, 1449),
@@ -273,7 +273,7 @@ _YEARS = {
     "2007/test": (451020800, "VOCdevkit/VOC2007"),
 }
 
-
+# %% ../nbs/39a_specs.ipynb #5e35839a
 def _scene_facts(spec, root):
     "Facts of a task of `14a_voc`"
     from rg_tickets.tasks.voc import VOC
@@ -322,7 +322,7 @@ def _text_rows(name, source):
     "Rows that a text task has, (None, None) if only the data say"
     return ROWS[name][:2] if source.hub and source.head != "mlm" else (None, None)
 
-
+# %% ../nbs/39a_specs.ipynb #54005135
 def _text_facts(spec, root):
     "Facts of a task of `16_text`"
     from rg_tickets.tasks.text import TASKS
@@ -387,7 +387,7 @@ def _picture_standin(spec, f, n):
         task = _named(SELFSUP[ways[0]])(task, seed=spec.seed, **options)
     return task, resnet(spec.model, f.classes, f.shape[0], seed=spec.seed, **_given(spec))
 
-
+# %% ../nbs/39a_specs.ipynb #a1f5d2d8
 def _text_standin(spec, f, n):
     "The same for a text task; the loss stands in too"
     from rg_tickets.models.berts import BERTS, bert
@@ -569,7 +569,7 @@ def _sizes(key):
     params = prunable(_on_meta(key), key.spec.preset, key.spec.frozen)
     return {k: p.numel() for k, p in params.items()}
 
-
+# %% ../nbs/39a_specs.ipynb #c545dba7
 @lru_cache(maxsize=None)
 def _size(key):
     network, sizes = _on_meta(key), _sizes(key)
@@ -695,7 +695,7 @@ def _check_names(spec):
     for name in spec.recipe:
         lookup(name, {f.name: f for f in fields(Recipe)}, "field of a recipe")
 
-
+# %% ../nbs/39a_specs.ipynb #3932402b
 def _check_options(spec):
     "Refuse options that the function which makes the task does not take"
     if kind(spec) == "pictures" and spec.task.split("/")[-1] in SELFSUP:
@@ -732,7 +732,7 @@ def _check_queue(spec, recipe):
             "use a queue that holds several batches"
         )
 
-
+# %% ../nbs/39a_specs.ipynb #4b486110
 def _check_samples(spec):
     "Refuse more samples than there are"
     found = facts(spec)
@@ -755,7 +755,7 @@ def _check_texts(spec):
     if not source.hub and any(n > most for n, most in zip(asked, (source.train, source.test))):
         build(spec)
 
-
+# %% ../nbs/39a_specs.ipynb #9d703b82
 def check(
     spec: Spec,  # of a run
 ):

@@ -165,7 +165,7 @@ def _correlate(x, y):
     size = np.sqrt((x * x).sum(-1) * (y @ y))
     return np.divide(x @ y, size, out=np.zeros(x.shape[:-1]), where=size > 1e-9)
 
-
+# %% ../nbs/00b_statistics.ipynb #d34bb712
 def _rank_residuals(x, given, mask, within, blocks):
     "Ranks of `x` [tasks, tasks] over the pairs of `mask`, without what the ranks of `given` explain"
     out = np.full(x.shape, np.nan)
@@ -217,7 +217,7 @@ def _check_known(x, mask, what):
             "give it for all pairs of sources and targets, or leave tasks out"
         )
 
-
+# %% ../nbs/00b_statistics.ipynb #188f9d79
 def mantel(
     x: np.ndarray,  # [tasks, tasks] the predictor, source x target; the diagonal is not read
     y: np.ndarray,  # [tasks, tasks] the outcome; nan where it was not measured, diagonal included
@@ -278,7 +278,7 @@ class RankAuc:
     p: float  # two-sided, over permutations of exchangeable tasks
     targets: int  # targets with at least two different outcomes
 
-
+# %% ../nbs/00b_statistics.ipynb #8acb1a3e
 def rank_auc(
     x: np.ndarray,  # [tasks, tasks] predictor, source x target, larger is better
     y: np.ndarray,  # [tasks, tasks] outcome, larger is better; nan where it was not measured

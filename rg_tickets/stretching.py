@@ -213,7 +213,7 @@ def solved(
     )
     return row | more, network
 
-
+# %% ../nbs/40d_stretching.ipynb #6925119f
 def make(
     stretching: Stretching,  # what to do
     folder,  # the study's folder, in which both runs are complete
@@ -272,7 +272,7 @@ def _alone(b, densities, kinds):
     out = [Stretching(b, b, "", d, k) for d in densities for k in plain]
     return out + ([Stretching(b, b, "", None, "dense")] if "dense" in kinds else [])
 
-
+# %% ../nbs/40d_stretching.ipynb #0973ffa7
 def _between(a, b, densities, maps, kinds, seeds):
     "The records of a ticket on its way to another depth"
     fit, out = _usable(maps, a.model, b.model), []
@@ -356,7 +356,7 @@ def check_stretchings(
     for s in found.values():
         check_stretching(s)
 
-
+# %% ../nbs/40d_stretching.ipynb #fc9feedd
 def stretched(
     todo: list,  # of Stretching, or anything else that runs in the folder (`Bridge`)
     folder,  # the study's folder; runs that are there are used
@@ -398,7 +398,7 @@ KEYS = [
     "asked_density",
 ]  # what is compared; records that agree in these are repetitions
 
-
+# %% ../nbs/40d_stretching.ipynb #178d2c1e
 def beside(
     frame: pd.DataFrame,  # what `stretched` gave, of `Stretching`s
     baseline: str = "own",  # a name in `WAYS`

@@ -100,7 +100,7 @@ def _row(theirs, i):
     known = theirs.get("of", [])
     return f"was {_short(theirs['kinds'][known[i]])} there and " if i < len(known) else ""
 
-
+# %% ../nbs/22c_structure.ipynb #a900ccbb
 def explain_structure(
     theirs: dict,  # what `structure` gave
     network: nn.Module,  # the network of today

@@ -91,7 +91,7 @@ def _made(c, folder, where, root, say):
         report=say,
     )
 
-
+# %% ../nbs/40b_studies.ipynb #15fcfba6
 def cross(
     crossing: Crossing,  # what to do
     folder,  # the study's folder, in which both runs are complete
@@ -157,7 +157,7 @@ def crossings(
     check_crossings(out)
     return out
 
-
+# %% ../nbs/40b_studies.ipynb #eb6e8835
 def _other_seed(target, runs):
     "The run of the target's task with the next seed, the first after the last"
     same = sorted((t for t in runs if replace(t, seed=target.seed) == target), key=lambda t: t.seed)
@@ -226,7 +226,7 @@ def _backbone(spec, keep):
     stays = (*heads(network), *keep)
     return {k: tuple(t.shape) for k, t in state(network).items() if not below(k, stays)}
 
-
+# %% ../nbs/40b_studies.ipynb #a2f90278
 def _check_fits(source, target, keep):
     "Refuse a ticket that does not fit the target, from the names and shapes of the two networks"
     modules = dict(meta_network(target).named_modules())
@@ -460,6 +460,8 @@ BERT_TICKETS = {  # head of the task -> what its script sets
         recipe=dict(epochs=1, batch_size=16, lr=5e-5), options=dict(length=512), n_train=160_000
     ),  # LT_pretrain.py: 10,000 steps of 16, 5e-5, the longest window
 }
+
+# %% ../nbs/40b_studies.ipynb #92a368a7
 TEXT_SCALES = {  # scale -> (what all text tasks have, what the head of a task changes)
     "smoke": (
         dict(
@@ -492,7 +494,7 @@ TEXT_SCALES = {  # scale -> (what all text tasks have, what the head of a task c
     ),  # 10 %, 20 %, ... 90 % of the original weights
 }
 
-
+# %% ../nbs/40b_studies.ipynb #f59a615f
 def text_run(
     task: str,  # a text task
     scale: str,  # a key of `TEXT_SCALES`

@@ -96,7 +96,7 @@ def _plain(name, value):
     number = as_float(value, name)
     return value if type(value) in (int, float) else number
 
-
+# %% ../nbs/22_train.ipynb #da36646d
 @dataclass(frozen=True)
 class Recipe:
     "How a network is trained"
@@ -208,7 +208,7 @@ KEEP_ZERO = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, LARS)
 class NotZero(RuntimeError):
     "Weights that are pruned are not zero"
 
-
+# %% ../nbs/22_train.ipynb #9905652d
 class Masked:
     "The masks of one round, bound to a network's parameters"
 
@@ -249,7 +249,7 @@ class Masked:
             if back.any():
                 raise NotZero(_explain_not_zero(name, int(back.sum()), int((m == 0).sum()), when))
 
-
+# %% ../nbs/22_train.ipynb #8d366697
 def _explain_not_zero(name, back, pruned, when):
     "What may have brought pruned weights back"
     return (

@@ -73,7 +73,7 @@ def _check_values(x, bad, positive):
         "component, or let a dead one be left out with missing='skip'"
     )
 
-
+# %% ../nbs/01a_trajectories.ipynb #45ebf713
 def _times(t, runs, rounds):
     "`t` as an array [runs, rounds] that never falls; two rounds may share a time"
     t = np.asarray(t.detach().cpu() if torch.is_tensor(t) else t, dtype=float)
@@ -213,7 +213,7 @@ def _labellings(a, b, paired, draws, seed):
         return found
     return np.array([true] + [rng.permutation(true) for _ in range(draws)])
 
-
+# %% ../nbs/01a_trajectories.ipynb #769a69ab
 def shuffle_test(
     a,  # [runs, rounds, d] trajectories of one system
     b,  # [runs, rounds, d] of the other
@@ -302,7 +302,7 @@ def _left_out(z, ridge, affine, log):
         errors.append([((o - b[r]) ** 2).mean() for o in guesses])
     return np.array(errors)
 
-
+# %% ../nbs/01a_trajectories.ipynb #5e9e49f8
 def _bootstrap(z, fit, values, n, seed):
     "Half-width [d] of the 95 % interval of the eigenvalues' real parts, resampling runs"
     runs, found = len(z), []
@@ -415,7 +415,7 @@ def spectrum_of(
     _check_dmd(x.shape, ridge, 0, affine, lagged)
     return _sorted_eigenvalues(_map_of(np.log(x) if log else x, ridge, affine, lagged)[0])
 
-
+# %% ../nbs/01a_trajectories.ipynb #92620c90
 def _check_dmd(shape, ridge, bootstrap, affine, lagged):
     "Raise a ValueError if there are too few runs or rounds for what is asked"
     runs, rounds, d = shape
@@ -437,7 +437,7 @@ def _check_dmd(shape, ridge, bootstrap, affine, lagged):
             "per row of T: give more, or ridge > 0"
         )
 
-
+# %% ../nbs/01a_trajectories.ipynb #0daaa62d
 def dmd(
     x,  # [runs, rounds, d] trajectories, or [rounds, d] for a single run (then bootstrap=0)
     t=None,  # [rounds] or [runs, rounds] RG time, evenly spaced; None counts rounds

@@ -84,6 +84,8 @@ KINDS = {
     "dense": Kind("dense", "target", source="target", about="no mask"),
 }
 COMPARED = tuple(KINDS)  # what every study runs; the controls below are asked for by name
+
+# %% ../nbs/31_transfer.ipynb #cbf97688
 KINDS |= {
     "other_seed": Kind(
         "ticket",
@@ -231,7 +233,7 @@ def _housed(ticket, network):
     head = [at(o) for o in ticket.about.get("head", [])]
     return replace(ticket, about=ticket.about | dict(tied=ties, head=head))
 
-
+# %% ../nbs/31_transfer.ipynb #df72060a
 def travelling(
     ticket: Ticket,  # the source's
     network: torch.nn.Module,  # the target's
@@ -268,7 +270,7 @@ def _check_stem(ticket, mine):
         a, b = (tuple(o[differ[0]].shape) for o in (theirs, mine))
         raise TicketError(_explain_stem(differ[0], a, b))
 
-
+# %% ../nbs/31_transfer.ipynb #fcbe8a50
 def _explain_stem(name, a, b):
     "What to do about two stems"
     pictures = f", made for pictures of {a[1]} channel{'s' * (a[1] > 1)}, not {b[1]}"
@@ -309,7 +311,7 @@ def _first_step(ticket, task, recipe):
         )
     return k
 
-
+# %% ../nbs/31_transfer.ipynb #64c4f87b
 def _check(task, network, recipe, seed, fit):
     "Try network and task before anything is trained, and find the head, as `imp` does"
     check_not_held(network)
@@ -335,7 +337,7 @@ def _misfit(fit):
     except ValueError:
         return None  # what the head is was not to be found
 
-
+# %% ../nbs/31_transfer.ipynb #3b3c9463
 @torch.no_grad()
 def _start(what, ticket, weights, network, n, seed, keep):
     "Ticket and masks that a transfer of this kind starts from"
@@ -377,7 +379,7 @@ def _identity(task, network, masks, recipe, seed, start):
     tensors = state(network) | {f"mask {k}": m for k, m in masks.items()}
     return digest(tensors, json.dumps(facts, default=str, sort_keys=True))
 
-
+# %% ../nbs/31_transfer.ipynb #6051c936
 @dataclass
 class _Training:
     "A training that can be put aside in a folder, and taken up there"
@@ -409,7 +411,7 @@ class _Training:
         Unsaved.unpack(tensors, header, self.start.beside).restore(self.network)
         return header["step"], header["loss"]
 
-
+# %% ../nbs/31_transfer.ipynb #45e5020f
 def _train(task, network, recipe, seed, masked, start, training, every, report):
     "Train kept weights from step `start`, or from where the training lies; the last epoch's loss"
     steps, last = task.data.steps(recipe.batch_size), time.monotonic()
@@ -449,7 +451,7 @@ def _record(metrics, masks, **facts):
         **{f"test_{k}": v for k, v in metrics.items()},
     )
 
-
+# %% ../nbs/31_transfer.ipynb #0f5ab6e5
 def transfer(
     task: Task,  # the target
     network: torch.nn.Module,  # at the target's own rewind weights, with the target's head;
@@ -589,7 +591,7 @@ def _beside_own(frame):
         .reset_index()
     )
 
-
+# %% ../nbs/31_transfer.ipynb #de7f805d
 def gaps(
     frame: pd.DataFrame,  # a row per record of `transfer` or `recorded`
     level: float = 0.95,  # confidence of the interval
@@ -639,7 +641,7 @@ class RetainedGain:
             )
         return f"cannot tell: own - layerwise is {self.own_gain:+.3f}, not above zero beyond error"
 
-
+# %% ../nbs/31_transfer.ipynb #8ee4fcf8
 def retained_gain(
     own,  # [n] scores of the target's own ticket, one per seed
     transferred,  # [n] scores of the foreign ticket, same seeds
@@ -751,7 +753,7 @@ class Gate:
             f"[{self.low:+.3f}, {self.high:+.3f}], {self.most:+.3f} is accepted ({self.seeds} seeds)"
         )
 
-
+# %% ../nbs/31_transfer.ipynb #40d0c826
 def gate(
     dense,  # [n] scores of dense networks, one per seed
     pruned_once,  # [n] scores after one pruning of 20 %, same seeds

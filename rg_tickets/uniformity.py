@@ -133,12 +133,11 @@ def contrast(
     value = float(c @ y)
     return dict(value=value, **_student(value, math.sqrt(total), dof, level))
 
-
+# %% ../nbs/32a_uniformity.ipynb #97102ce0
 def trend(
     x: np.ndarray,  # [points] depth, width, or the logarithm of one
     y: np.ndarray,  # [points] spreads
-    se: np.ndarray
-    | None = None,  # [points] their standard errors; None: from the scatter about the line
+    se=None,  # [points] their standard errors; None: from the scatter about the line
     seeds: int = 3,  # how many seeds are behind each error, one number or [points]
     level: float = 0.95,  # confidence of the interval
 ) -> dict:  # slope, its se, low, high, p (two-sided, of no slope), dof, detectable, points

@@ -45,7 +45,7 @@ def _exponents(flow, kind, by, window, used):
         .reindex(index=key, columns=list(dict.fromkeys(s.group)))
     )
 
-
+# %% ../nbs/33_universality.ipynb #96b28e21
 def vectors(
     flow: Flow,  # runs of several systems
     against: str  # None: sigma; a control, e.g. "untrained" or "oneshot": sigma minus that of the same task, model and seed
@@ -211,7 +211,7 @@ def _left_out(x):
     "Means with one seed left out, [seeds, groups]"
     return (x.sum(0) - x) / (len(x) - 1)
 
-
+# %% ../nbs/33_universality.ipynb #01d37293
 def _jackknife(f, x, y, paired, limits, level=0.95):
     "f(mean of x, mean of y) with standard error and interval over seeds"
     z, back = (
@@ -297,7 +297,7 @@ def _dealings(seeds, paired):
         ways //= math.factorial(int(count))
     return ways
 
-
+# %% ../nbs/33_universality.ipynb #baf0f697
 def same_flow(
     v: pd.DataFrame,  # from `vectors`
     draws: int = 2000,  # permutations
@@ -344,7 +344,7 @@ class Classes:
         "Permutation p-value of the hypothesis that all are one flow"
         return self.same.p
 
-
+# %% ../nbs/33_universality.ipynb #5496247d
 def classes(
     flow,  # a Flow, or what `vectors` gave
     against: str | None = None,  # as in `vectors`

@@ -290,7 +290,7 @@ def _chosen(ids, size, what):
         raise ValueError(f"name every {what} that is kept once, and at least one of them")
     return ids
 
-
+# %% ../../nbs/11_berts.ipynb #e547190f
 @torch.no_grad()
 def cut(
     network: Bert,  # left as it is
@@ -362,6 +362,8 @@ BERTS = {
     "minilm3": Source("its layers 0, 2 and 5", "wheel", _MINILM, (0, 2, 5)),
     "folder": Source("any BERT: from folder=, in transformers' format", "folder"),
 }
+
+# %% ../../nbs/11_berts.ipynb #b9a6935d
 SHUFFLED = {
     "tiny": (1, 0),
     "minilm3": (5, 0, 2),
@@ -407,7 +409,7 @@ def _place(name, source, folder, download):
         return minilm_folder() if folder is None else verified(folder, MINILM_SHA256)
     return source.weights if folder is None else folder
 
-
+# %% ../../nbs/11_berts.ipynb #2a70da7d
 def _agrees(name, source, config):
     "Refuse a checkpoint that is not of the architecture its name says"
     want = BertConfig(**source.config)

@@ -63,7 +63,7 @@ def _refused(path, what):
         "of a whole network and runs none of it"
     )
 
-
+# %% ../../nbs/12a_pretrained.ipynb #0757ca85
 def _open(path):
     "A file of torch.save, if it is plain data"
     file = TorchFile(path, PretrainedError)
@@ -110,7 +110,7 @@ def _read(path, inside=None):
     odd = {k: t.odd for k, t in named.items() if t.odd}
     return file.read({k: t for k, t in named.items() if k not in odd}), odd
 
-
+# %% ../../nbs/12a_pretrained.ipynb #5170d586
 _NO_FILE = (
     "no file of weights here; give a .pth or .safetensors file, the folder of a run, "
     "or 'torchvision:IMAGENET1K_V1'"
@@ -303,7 +303,7 @@ def _why_kept(k, keeps, leave):
         return "head"
     return "not in the file" if k.endswith("num_batches_tracked") else None
 
-
+# %% ../../nbs/12a_pretrained.ipynb #792c486c
 def _sort(network, tensors, odd, head, leave):
     "Where every tensor goes, and name -> tensor of those that are taken"
     own, modules = state(network), () if head else heads(network)
@@ -409,7 +409,7 @@ def _cached(url, download, size=""):
             )
     return path
 
-
+# %% ../../nbs/12a_pretrained.ipynb #20d23a53
 def _torchvision(network, weights, download):
     "The file of torchvision's weights called so for a network like this one"
     name = (

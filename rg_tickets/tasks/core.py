@@ -40,6 +40,8 @@ from rg_tickets.tasks.identity import (
     unchanged,
 )
 from .state import put_back
+
+# %% ../../nbs/13_tasks.ipynb #3dd05e62
 from rg_tickets.tasks.metrics import (
     Accuracy,
     Kept,
@@ -143,7 +145,7 @@ def _check_loader(loader, what):
             "with drop_last=True?"
         )
 
-
+# %% ../../nbs/13_tasks.ipynb #f9903078
 def _check_length(stated, loader):
     "Refuse an epoch of unknown length, or one that the loader cannot fill"
     there = _length(loader)
@@ -506,7 +508,7 @@ class _Scores:
                 scores[k] = self.counters[k].compute() if counted else -scores["loss"]
         return scores
 
-
+# %% ../../nbs/13_tasks.ipynb #03e95587
 @contextmanager
 def _naming(metric):
     "An error of a metric, with the metric's name"
@@ -617,7 +619,7 @@ def _explain_call(task, batch):
         "give the task split=f, with f(batch) -> (args, kwargs, targets)"
     )
 
-
+# %% ../../nbs/13_tasks.ipynb #678ff97a
 @contextmanager
 def _explained(task, what, batch):
     "An error within the block, with the task's name, what was tried, and on what"
@@ -669,7 +671,7 @@ class _NoPairs(TorchFunctionMode):
                 raise explain_shapes(*tensors)
         return found
 
-
+# %% ../../nbs/13_tasks.ipynb #61430e9a
 def _trial_loss(task, network, batch):
     "The training loss of a batch; outputs [n, 1] with targets [n] are refused where they spread"
     if task.objective or task.loss == "model":
@@ -701,7 +703,7 @@ def _check_last_batch(task, network):
             "which batch normalization can take no variance: give the training loader drop_last=True"
         ) from None
 
-
+# %% ../../nbs/13_tasks.ipynb #61ae4801
 def _check_loss(task, network, batch, precision):
     "The training loss of one batch must be one finite number with a gradient"
     device = _device(network).type

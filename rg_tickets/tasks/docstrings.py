@@ -309,7 +309,7 @@ def match(
     "Does the sentence describe the object of that name? (as in MRPC and QNLI)"
     return _half_wrong([(p, a, b) for p, side, a, b in found.named if side == test], draws)
 
-
+# %% ../../nbs/15a_docstrings.ipynb #daea14f1
 def following(
     found: Corpus,  # where from
     test: bool,  # which side
@@ -388,7 +388,7 @@ def sim(
         )
     return rows
 
-
+# %% ../../nbs/15a_docstrings.ipynb #f9f5c5a1
 def span(
     found: Corpus,  # where from
     test: bool,  # which side

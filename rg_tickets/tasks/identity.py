@@ -203,7 +203,7 @@ def _describe(o, depth, above):
         return type(o).__qualname__
     return _described(o, depth, above | {id(o)})
 
-
+# %% ../../nbs/12c_identity.ipynb #8db59b79
 def _described(o, depth, above):
     "`_describe` of what has an inside"
     if isinstance(o, functools.partial):

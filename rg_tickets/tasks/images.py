@@ -315,7 +315,7 @@ def _classes(folder):
         np.array([c for _, c in found.samples]),
     )
 
-
+# %% ../../nbs/14_images.ipynb #5d647bb9
 def _same_classes(train, test, one, other):
     "Refuse class folders that differ, because a class's number is its place among them"
     alone = {
@@ -650,7 +650,7 @@ def _from_folders(name, source, n_train, n_test, size, augment, seed, root, work
         **facts,
     )
 
-
+# %% ../../nbs/14_images.ipynb #88960b83
 def _plain(name, n_train, n_test, size, augment, seed, root, download, split, workers):
     "The task called `name`, without control"
     source = lookup(name, TASKS, "task")

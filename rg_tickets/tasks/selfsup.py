@@ -312,7 +312,7 @@ def _test_pairs(task, views):
     for batch in task.data.test():
         yield _pair(_pictures(batch, task.split)[0], views)
 
-
+# %% ../../nbs/15_selfsup.ipynb #afb0e2ee
 @dataclass(frozen=True)
 class SimCLR:
     "The numbers of SimCLR (Chen et al. 2020), and what they make of a task"
@@ -378,7 +378,7 @@ def _with(task, name, method):
     )
     return replace(task, name=f"{task.name}/{name}", data=data, about=about, **hooks)
 
-
+# %% ../../nbs/15_selfsup.ipynb #f24f71c7
 def simclr(
     task: Task,  # of pictures [n, c, h, w]; labels are used for judging only
     views="simclr",  # a name in VIEWS (pictures of writing always take "writing"), or (pictures, generator) -> [n, 2, c, h, w]

@@ -60,7 +60,7 @@ def _is_odd(leaf):
         return leaf.grad_fn is not None or leaf.layout != torch.strided or leaf.is_meta
     return type(leaf) is np.ndarray and leaf.dtype.hasobject
 
-
+# %% ../../nbs/12e_state.ipynb #4363406f
 def _copy(value):
     "A copy that shares nothing with a plain value which could change"
     if type(value) is torch.Tensor:
@@ -118,7 +118,7 @@ def encode(
     made = {kind.__name__: [encode(v, tensors) for v in inside]}
     return made | ({"maxlen": value.maxlen} if kind is deque else {})
 
-
+# %% ../../nbs/12e_state.ipynb #800c77ca
 def decode(
     found,  # what `encode` gave
     tensors: dict,  # name -> tensor
@@ -222,7 +222,7 @@ def _of_class(kind):
     plain = {k: place for k, place in plain.items() if k not in methods}
     return plain | _all(_Fixed(methods)) | _all(_Fixed(bases))
 
-
+# %% ../../nbs/12e_state.ipynb #5cc8330b
 def _of_object(o):
     "The places of an object's attributes; of one of an installed package, the public ones"
     slots = getattr(type(o), "__slots__", ())
@@ -273,7 +273,7 @@ def _is_open(o):
         return False
     return not is_installed(type(o)) or module.split(".")[0] in _OPEN
 
-
+# %% ../../nbs/12e_state.ipynb #33883518
 def _walk(network, beside):
     "(path, object, name, table, key, value) of everything that can be reached, each object once"
     modules = named_modules(network)
@@ -479,7 +479,7 @@ class Unsaved:
     def __bool__(self):
         return bool(self.tensors or self.numbers)
 
-
+# %% ../../nbs/12e_state.ipynb #733701d6
 def _new_place(o, path, k):
     "The table of an object for an attribute that is not there"
     if type(o) in _DICTS:

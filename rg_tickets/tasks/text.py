@@ -76,6 +76,8 @@ _glue = lambda name, *a, **k: Source(
     hub=("nyu-mll/glue", name),
     **k,
 )
+
+# %% ../../nbs/16_text.ipynb #1c0b0765
 _wiki = lambda name: Source(
     f"hidden words of Wikipedia articles, {name}",
     "hidden words",
@@ -334,7 +336,7 @@ def _targets(name, source, split, table):
             )
     return [float(o) for o in found] if source.head == "value" else [int(o) for o in found]
 
-
+# %% ../../nbs/16_text.ipynb #1f497c8e
 def _rows(name, source, split, table, empty):
     "The rows of one split; rows with an empty text are refused, or dropped"
     lookup(empty, dict.fromkeys(("refuse", "drop")), "way with empty texts")
@@ -405,7 +407,7 @@ def _anywhere(row, draws):
     k = draws.randint(len(words) - n + 1)
     return (*row[:2], ((row[1][words[k].start() : words[k + n - 1].end()], words[k].start()),))
 
-
+# %% ../../nbs/16_text.ipynb #6e4539ff
 def random_labels(
     rows: tuple,  # of (text, second text or None, target)
     head: str,  # of the task; "mlm" is a ValueError
@@ -502,7 +504,7 @@ class _PartCounter:
         "The metric of the part"
         return self.counter.compute() if self.used else float("nan")
 
-
+# %% ../../nbs/16_text.ipynb #99e2b565
 def _metrics(source, parts):
     "name -> metric; a second part of the test set has names of its own (MNLI: accuracy_mm)"
     plain = (
@@ -518,7 +520,7 @@ def _metrics(source, parts):
         for k, f in plain.items()
     }
 
-
+# %% ../../nbs/16_text.ipynb #72daa51b
 def _tensors(source, train, test, tok, length, n_train, n_test):
     "Resident data, what depends on the head (keywords of Task), and facts"
     if source.head == "mlm":
@@ -725,5 +727,5 @@ def text_task(
     )
     return task if ids is None else cut_vocabulary(task, ids)
 
-
+# %% ../../nbs/16_text.ipynb #8d1c1eb2
 _tokenizer = tokenizer  # `text_task` has an argument of that name

@@ -73,7 +73,7 @@ def matches(
         taken[j] = True
     return found
 
-
+# %% ../../nbs/14a_voc.ipynb #82916dcb
 def mean_average_precision(
     detections: list,  # a tensor [k, 6] for each picture: class, score, x1, y1, x2, y2
     truths: list,  # a tensor [m, 6] for each picture: class, difficult (0 or 1), x1, y1, x2, y2
@@ -148,7 +148,7 @@ CLASSES = (
     "tvmonitor",
 )  # number 1 to 20; 0 is the background
 
-
+# %% ../../nbs/14a_voc.ipynb #640e387f
 def _stages(backbone):
     "Names of the residual stages and the channels each gives; a network without them is a ValueError"
     names = [

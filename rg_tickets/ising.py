@@ -7,12 +7,12 @@ __all__ = ['K_C', 'K_C_TRIANGULAR', 'ORDERS', 'RULES', 'LABELS', 'SWEEPS', 'EVEN
            'series', 'decimate', 'correlation_length', 'free_energy_chain', 'decimate_cold', 'onsager_free_energy',
            'onsager_energy', 'spontaneous_magnetisation', 'critical_indices', 'free_energy_torus', 'energy_torus',
            'migdal_kadanoff', 'block_average', 'niemeijer_van_leeuwen', 'gaussian_exponents', 'wilson_fisher',
-           'lattice', 'energy', 'magnetisation', 'checkerboard', 'clusters', 'swendsen_wang', 'sample', 'jackknife',
-           'autocorrelation_time', 'block_spins', 'renormalization_matrix', 'orientations', 'operators', 'measure',
-           'mcrg']
+           'lattice', 'energy', 'magnetisation', 'checkerboard', 'clusters', 'swendsen_wang', 'sample',
+           'autocorrelation_time', 'jackknife', 'block_spins', 'renormalization_matrix', 'orientations', 'operators',
+           'measure', 'mcrg']
 
 # %% ../nbs/02_ising.ipynb #8d90fbff
-import math
+import math, warnings
 import numpy as np
 import pandas as pd
 import torch
@@ -430,22 +430,6 @@ def sample(
         if n >= burn:
             yield s
 
-# %% ../nbs/02_ising.ipynb #49b2ae25
-def jackknife(
-    x,  # [n, ...] measurements, consecutive or independent
-    statistic=np.mean,  # function of [m, ...]
-    bins: int = 20,  # consecutive measurements are binned; a bin should be longer than the memory
-) -> tuple:  # (value, standard error)
-    "A statistic of measurements and its standard error"
-    x = np.asarray(x)
-    if bins < 4 or len(x) < bins:
-        raise ValueError(
-            f"{len(x)} measurements in {bins} bins: an error needs 4 bins or more, and a measurement in each; run longer or take more replicas"
-        )
-    parts = np.array_split(np.arange(len(x)), bins)
-    out = np.array([statistic(np.delete(x, part, 0)) for part in parts])
-    return float(statistic(x)), float(np.sqrt((bins - 1) * out.var()))
-
 # %% ../nbs/02_ising.ipynb #1495ad13
 def autocorrelation_time(
     x,  # [sweeps, replicas] one number per sweep and replica
@@ -462,6 +446,37 @@ def autocorrelation_time(
         if t > 5 * tau:
             break
     return float(tau)
+
+# %% ../nbs/02_ising.ipynb #49b2ae25
+def _mind_memory(x, length):
+    "Warn if bins of `length` measurements are shorter than ten autocorrelation times"
+    series = x.reshape(len(x), -1)[:, :64].astype(float)
+    series = series[:, np.ptp(series, axis=0) > 0]
+    if len(x) < 50 or not series.size:
+        return
+    tau = autocorrelation_time((series - series.mean(0)) / series.std(0))
+    if tau > 2 and length < 10 * tau:
+        warnings.warn(
+            f"bins of {length} measurements are shorter than ten autocorrelation times "
+            f"({tau:.1f} each), so the error is too small: take fewer bins, or run longer"
+        )
+
+
+def jackknife(
+    x,  # [n, ...] measurements, consecutive or independent
+    statistic=np.mean,  # function of [m, ...]
+    bins: int = 20,  # consecutive measurements are binned; a bin should be longer than the memory
+) -> tuple:  # (value, standard error)
+    "A statistic of measurements and its standard error"
+    x = np.asarray(x)
+    if bins < 4 or len(x) < bins:
+        raise ValueError(
+            f"{len(x)} measurements in {bins} bins: an error needs 4 bins or more, and a measurement in each; run longer or take more replicas"
+        )
+    _mind_memory(x, len(x) // bins)
+    parts = np.array_split(np.arange(len(x)), bins)
+    out = np.array([statistic(np.delete(x, part, 0)) for part in parts])
+    return float(statistic(x)), float(np.sqrt((bins - 1) * out.var()))
 
 # %% ../nbs/02_ising.ipynb #9a061cb0
 def block_spins(

@@ -1,5 +1,8 @@
 "The simulated magnet at full length, and on the GPU"
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from rg_tickets.ising import K_C, clusters, energy, energy_torus, jackknife, mcrg, measure, sample
@@ -54,3 +57,33 @@ def test_large_lattice():
     for step in (3, 4):
         for f, (y, error) in headline(table, step).items():
             assert abs(y - EXACT[f]) < 3 * error + 0.002, (f, step, y, error)
+
+
+def remembering(rng, n, phi=0.9):
+    "A series whose autocorrelation time is (1 + phi) / (1 - phi) / 2"
+    x = np.empty(n)
+    x[0] = rng.normal() / np.sqrt(1 - phi**2)
+    for i in range(1, n):
+        x[i] = phi * x[i - 1] + rng.normal()
+    return x
+
+
+def test_bins_shorter_than_the_memory_give_a_warning_and_too_small_an_error():
+    rng, inside = np.random.default_rng(0), {20: 0, 200: 0}
+    for _ in range(60):
+        for length in inside:
+            series = remembering(rng, 20 * length)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                mean, error = jackknife(series, bins=20)
+            inside[length] += abs(mean) < 2.09 * error
+            assert bool(said) == (length == 20) or length == 200
+    assert inside[20] / 60 < 0.9 < inside[200] / 60
+
+
+def test_independent_replicas_give_no_warning():
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            jackknife(rng.normal(size=(64, 3)), bins=64)

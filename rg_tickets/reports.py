@@ -483,7 +483,7 @@ def predict_report(
     target: Flow,  # runs of one system
     candidates: Flow,  # runs of others that have tickets
     transfers: pd.DataFrame | None = None,  # from `gaps_at`: transfers among the candidates
-    rounds: int | None = None,  # read rounds 0 to this one only, of all
+    rounds: int | None = None,  # read rounds 0 to this one only; None: to the last that all have
     against: str | None = None,  # as in `compare_report`
     control: str = "imp",  # as in `compare_report`
     by: str = "block",  # as in `compare_report`
@@ -494,8 +494,8 @@ def predict_report(
         raise ValueError(
             f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {max(rounds, -1) + 1}"
         )
-    if rounds is not None:
-        flow = Flow(flow.frame[flow.frame.n <= rounds])
+    common = int(flow.frame.groupby([*LABELS, "seed"]).n.max().min())
+    flow = Flow(flow.frame[flow.frame.n <= (common if rounds is None else rounds)])
     v = vectors(flow, against, control, by=by, window="all")
     many = _repeated(v)
     d = distances(v) if many else _apart(v)

@@ -718,3 +718,92 @@ def test_two_runs_in_one_process_are_told_so(tmp_path):
     with pytest.raises(RuntimeError, match="another run in this process is working on"):
         run(mlp(), toy(), folder=tmp_path)
     first.close()
+
+
+# Networks that a loss refers to
+
+
+class Penalised(nn.Module):
+    "A loss that looks at the weights of the network by one of its attributes"
+
+    def __init__(self, network):
+        super().__init__()
+        self.of = [network]
+
+    def forward(self, output, target):
+        return F.cross_entropy(output, target) + self.of[0][0].weight.pow(2).sum()
+
+
+def penalty(network, output, target):
+    return F.cross_entropy(output, target) + network[0].weight.pow(2).sum()
+
+
+REFERRING = {
+    "closure": lambda net: lambda output, target: penalty(net, output, target),
+    "partial": lambda net: functools.partial(penalty, net),
+    "method": lambda net: Penalised(net).forward,
+    "module": Penalised,
+    "list of weights": lambda net: (lambda ws: lambda o, t: penalty([ws[0]], o, t))([net[0]]),
+}
+
+
+@pytest.mark.parametrize("how", REFERRING)
+def test_a_loss_may_look_at_the_weights_of_the_network(how, tmp_path):
+    def make():
+        network = mlp()
+        return network, toy(REFERRING[how](network))
+
+    network, task = make()
+    weights = dict(network.named_parameters())
+    whole = run(network, task, folder=tmp_path / "whole")
+    assert all(p is weights[k] for k, p in network.named_parameters())
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in network.parameters())
+    plain = run(mlp(), toy())
+    assert whole[-1].metrics["loss"] != plain[-1].metrics["loss"]  # the penalty was at work
+    again, _ = cut(make, tmp_path / "cut", (0, 4), (1, 4))
+    assert repr(again) == repr(whole)
+
+
+class Distilled(nn.Module):
+    "A loss with a frozen teacher, which follows the pupil if it is told to"
+
+    def __init__(self, teacher, pupil=None):
+        super().__init__()
+        self.teacher, self.pupil = teacher.requires_grad_(False), [pupil]
+
+    def forward(self, output, target):
+        if self.pupil[0] is not None:
+            with torch.no_grad():
+                for slow, fast in zip(self.teacher.parameters(), self.pupil[0].parameters()):
+                    slow.lerp_(fast, 0.1)
+        aim = sum(p.sum() for p in self.teacher.parameters())
+        return F.cross_entropy(output, target) + (output.mean() - aim).pow(2)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_teacher_keeps_its_parameters_and_is_set_back(follows, tmp_path):
+    def make():
+        network, teacher = mlp(), mlp()
+        return network, toy(Distilled(teacher, network if follows else None))
+
+    network, task = make()
+    held = dict(task.loss.teacher.named_parameters())
+    before = digest(task.loss.teacher.state_dict())
+    whole = run(network, task, folder=tmp_path / "whole")
+    now = dict(task.loss.teacher.named_parameters())
+    assert all(now[k] is held[k] and type(now[k]) is nn.Parameter for k in held)
+    assert (digest(task.loss.teacher.state_dict()) == before) == (not follows)
+    again, _ = cut(make, tmp_path / "cut", (0, 4), (1, 4))
+    assert repr(again) == repr(whole)
+
+
+def test_a_large_frozen_parameter_is_compared_and_not_copied(monkeypatch):
+    monkeypatch.setattr("rg_tickets.tasks.state.LARGE", 100)
+    loss = Distilled(mlp())
+    before = Unsaved.of(mlp(), dict(loss=loss))
+    assert ("loss.teacher.0", "weight") in before.tokens
+    Unsaved.of(mlp(), dict(loss=loss)).check(before, mlp())
+    with torch.no_grad():
+        loss.teacher[0].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"loss.teacher.0.weight \(Parameter\) changes"):
+        Unsaved.of(mlp(), dict(loss=loss)).check(before, mlp())

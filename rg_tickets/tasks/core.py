@@ -767,7 +767,7 @@ def check_task(
         )
 
     def read(make, *names):
-        with seeded(seed, *names), put_back(nn.Identity(), **task.beside()):
+        with seeded(seed, *names), put_back(network, **task.beside()):
             return _read_first(make, names[-1])
 
     train = lambda: read(lambda: data.batches(seed, 0, batch_size), "check", "training")
@@ -777,6 +777,6 @@ def check_task(
     held = (task.loss, task.objective, task.judge, task.split, task.metrics)
     with unchanged(network, *held), seeded(seed, "check"):
         _check_loss(task, network, batch, precision)
-        with put_back(nn.Identity(), **task.beside()):
+        with put_back(network, **task.beside()):
             _check_last_batch(task, network)
         _check_scores(task, network, batch_size, precision)

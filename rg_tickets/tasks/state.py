@@ -54,16 +54,26 @@ def _leaves(value):
         level = list(chain.from_iterable(parts))
 
 
+def _are_tensors(*values):
+    "Are these tensors or parameters: the copy of a parameter is a tensor"
+    return all(type(v) in (torch.Tensor, nn.Parameter) for v in values)
+
+
+def _plain(value):
+    "The leaves of a plain value, or of a parameter; None if it cannot be copied"
+    return _leaves(value) if not _are_tensors(value) or _is_odd(value) else [value]
+
+
 def _is_odd(leaf):
     "Is this a tensor or an array that cannot be copied by itself"
-    if type(leaf) is torch.Tensor:
+    if _are_tensors(leaf):
         return leaf.grad_fn is not None or leaf.layout != torch.strided or leaf.is_meta
     return type(leaf) is np.ndarray and leaf.dtype.hasobject
 
 # %% ../../nbs/12e_state.ipynb #4363406f
 def _copy(value):
     "A copy that shares nothing with a plain value which could change"
-    if type(value) is torch.Tensor:
+    if _are_tensors(value):
         return value.detach().clone()
     if type(value) in _DICTS:
         made = copy.copy(value)
@@ -80,9 +90,9 @@ def _same(a, b):
     "The same type and bits; NaN is itself"
     if a is b and type(a) not in _MUTABLE:
         return True
-    if type(a) is not type(b):
+    if type(a) is not type(b) and not _are_tensors(a, b):
         return False
-    if _is_leaf(type(a)):
+    if _is_leaf(type(a)) or _are_tensors(a, b):
         bits = isinstance(a, (torch.Tensor, np.ndarray, np.generic))
         return hash_values([a]) == hash_values([b]) if bits else repr(a) == repr(b)
     if type(a) in _DICTS:
@@ -300,7 +310,7 @@ def _walk(network, beside):
 # %% ../../nbs/12e_state.ipynb #e6670114
 def _token(v):
     "What tells whether something that cannot be copied has changed; None if that does not matter"
-    leaves = _leaves(v)
+    leaves = _plain(v)
     if leaves is not None:  # it is large
         return hash_values([o for o in leaves if not isinstance(o, (str, bytes))])
     if isinstance(v, _DESCRIBED):
@@ -369,11 +379,11 @@ def _size(leaves):
 
 def _put(table, key, live, then):
     "Write a value into its place, within the list, array or tensor that is there if it fits"
-    kind = type(live)
-    if kind is type(then) and kind in _MUTABLE:
-        if kind in (torch.Tensor, np.ndarray):
+    kind, tensors = type(live), _are_tensors(live, then)
+    if tensors or kind is type(then) and kind in _MUTABLE:
+        if tensors or kind is np.ndarray:
             if live.shape == then.shape and live.dtype == then.dtype:
-                return live.copy_(then) if kind is torch.Tensor else np.copyto(live, then)
+                return live.copy_(then) if tensors else np.copyto(live, then)
         else:
             live.clear()
             return (live.extend if kind in (list, deque) else live.update)(_copy(then))
@@ -400,16 +410,14 @@ class Unsaved:
         "Copies of what a network and the things beside it hold"
         tensors, numbers, known, tokens = {}, {}, set(), {}
         for path, o, k, table, key, v in _walk(network, beside or {}):
-            at, leaves = (path, k), _leaves(v)
+            at, leaves = (path, k), _plain(v)
             known.add(at)
             large = leaves is not None and _size(leaves) > LARGE
             whole = type(v) is torch.Tensor and path.partition(".")[0] not in (beside or {})
             fixed = isinstance(table, _Fixed) and type(v) not in _MUTABLE
-            if type(v) is nn.Parameter:  # of a loss; those of the network are not walked to
-                tensors[f"{path}.{k}"] = v.detach().clone()
-            elif leaves is None or fixed or (large and not whole):
+            if leaves is None or fixed or (large and not whole):
                 tokens[at] = _token(v)
-            elif type(v) is torch.Tensor:
+            elif _are_tensors(v):  # parameters of a loss; those of the network are not walked to
                 tensors[f"{path}.{k}"] = _copy(v)
             else:
                 numbers[at] = _copy(v)

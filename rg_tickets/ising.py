@@ -448,7 +448,7 @@ def autocorrelation_time(
     return float(tau)
 
 # %% ../nbs/02_ising.ipynb #49b2ae25
-def _mind_memory(x, length):
+def _warn_of_short_bins(x, length):
     "Warn if bins of `length` measurements are shorter than ten autocorrelation times"
     series = x.reshape(len(x), -1)[:, :64].astype(float)
     series = series[:, np.ptp(series, axis=0) > 0]
@@ -473,7 +473,7 @@ def jackknife(
         raise ValueError(
             f"{len(x)} measurements in {bins} bins: an error needs 4 bins or more, and a measurement in each; run longer or take more replicas"
         )
-    _mind_memory(x, len(x) // bins)
+    _warn_of_short_bins(x, len(x) // bins)
     parts = np.array_split(np.arange(len(x)), bins)
     out = np.array([statistic(np.delete(x, part, 0)) for part in parts])
     return float(statistic(x)), float(np.sqrt((bins - 1) * out.var()))

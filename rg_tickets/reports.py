@@ -494,8 +494,8 @@ def predict_report(
         raise ValueError(
             f"a slope needs three rounds, 0, 1 and 2; rounds={rounds} leaves {max(rounds, -1) + 1}"
         )
-    common = int(flow.frame.groupby([*LABELS, "seed"]).n.max().min())
-    flow = Flow(flow.frame[flow.frame.n <= (common if rounds is None else rounds)])
+    last = int(flow.frame.groupby([*LABELS, "seed"]).n.max().min()) if rounds is None else rounds
+    flow = Flow(flow.frame[flow.frame.n <= last])
     v = vectors(flow, against, control, by=by, window="all")
     many = _repeated(v)
     d = distances(v) if many else _apart(v)
@@ -516,7 +516,7 @@ def predict_report(
         else "units of sigma; one run of each, so nothing says whether differences mean anything"
     )
     return table, [
-        f"Candidates for {name}, nearest flow first.",
+        f"Candidates for {name}, nearest flow first, read in rounds 0 to {last}.",
         table.to_string(index=False, float_format="{:.3f}".format),
         f"distance in {unit}.",
         said,

@@ -47,7 +47,6 @@ ACCOUNTED = {  # (page, number) -> where it is from
     ("01_rg", "0.326"): "beta of the 3D Ising class, from the literature",
     ("01a_trajectories", "252"): "10 over 5",
     ("02_ising", "65,536"): "2**16",
-    ("02_ising", "78"): "percent, found by a referee; test_ising asks for less than 90",
     (
         "10_resnets",
         "269,722",

@@ -20,6 +20,7 @@ from .basics import alone, as_int, generator, lookup, seeded
 from .figures import GAPS, PALETTE
 from .masks import MaskHistory, prune, shuffled
 from .models.names import named_modules, named_parameters, state, tied, unwrap
+from .models.heads import below
 from .models.prunable import declare_head, heads
 from .rewind import PARTS, Policy, Unsaved, check_network, policy
 from .statistics import holm, interval, non_inferiority
@@ -244,10 +245,10 @@ def travelling(
     for o in (keep := (keep,) if isinstance(keep, str) else tuple(keep)):
         lookup(o, dict(named_modules(network)), "module to keep")
     ticket, mine, ties = _housed(ticket, network), state(network), tied(network)
-    stays, head = _below(keep), _below({*heads(network), *ticket.about.get("head", [])})
-    _check_stem(ticket, {k: t for k, t in mine.items() if not (stays(k) or head(k))})
+    head = (*heads(network), *ticket.about.get("head", []))
+    _check_stem(ticket, {k: t for k, t in mine.items() if not below(k, (*keep, *head))})
     out = fit_to(ticket, network, head=False, own=keep, leave=True)
-    kept = {ties.get(k, k) for k in [*mine, *ties] if stays(k) and not head(k)}
+    kept = {ties.get(k, k) for k in [*mine, *ties] if below(k, keep) and not below(k, head)}
     weights = {k: t.detach().clone() for k, t in mine.items() if k in kept}
     masked = {k: t for k, t in weights.items() if k in ticket.history.died}
     died = out.history.died | MaskHistory.dense(masked).died
@@ -255,11 +256,6 @@ def travelling(
     return replace(
         out, weights=out.weights | weights, history=MaskHistory(died, ticket.history.rounds)
     )
-
-
-def _below(modules):
-    "Is a tensor in one of these modules, or is it one of them"
-    return lambda name: name in modules or name.startswith(tuple(f"{o}." for o in modules))
 
 
 def _check_stem(ticket, mine):
@@ -341,8 +337,7 @@ def _misfit(fit):
 @torch.no_grad()
 def _start(what, ticket, weights, network, n, seed, keep):
     "Ticket and masks that a transfer of this kind starts from"
-    stays = _below(keep)
-    died = {k: d for k, d in ticket.history.died.items() if not stays(k)}
+    died = {k: d for k, d in ticket.history.died.items() if not below(k, keep)}
     history, kept = MaskHistory(died, ticket.history.rounds), ticket.history.mask(0)
     if weights == "target":
         ticket = replace(ticket, weights={k: t.clone() for k, t in state(network).items()})

@@ -276,14 +276,14 @@ class SameFlow:
     "Permutation test of the hypothesis that all systems are one flow"
 
     p: float  # share of the dealings that set systems as far apart
-    least: float  # smallest p that these numbers of systems and seeds allow
+    smallest_p: float  # the least that these numbers of systems and seeds allow
 
     @property
     def verdict(self) -> str:
-        "'different', 'not told apart', or 'cannot tell' where no p could be .05"
-        if self.least > 0.05:
+        "'apart', 'not told apart', or 'cannot tell' where no p could be .05"
+        if self.smallest_p > 0.05:
             return "cannot tell"
-        return "different" if self.p <= 0.05 else "not told apart"
+        return "apart" if self.p <= 0.05 else "not told apart"
 
 
 def _dealings(seeds, paired):
@@ -387,7 +387,7 @@ def confidence_sets(
 def _said(same):
     "The permutation test in words"
     if same.verdict == "cannot tell":
-        return f"cannot tell, for permutation of so few runs has no p below {same.least:.2g}"
+        return f"cannot tell, for permutation of so few runs has no p below {same.smallest_p:.2g}"
     return f"p = {same.p:.3g} by permutation of runs"
 
 

@@ -120,7 +120,7 @@ def test_sources_that_are_no_targets_are_not_exchanged_with_the_others():
 
 def test_two_systems_with_three_seeds_cannot_be_told():
     found = same_flow(one_flow(0, systems=2))
-    assert (found.least, found.verdict) == (0.25, "cannot tell")
+    assert (found.smallest_p, found.verdict) == (0.25, "cannot tell")
     far = one_flow(0, systems=2)
     far.loc["B"] += 100.0 * np.eye(4)[0]
     assert same_flow(far).verdict == "cannot tell"

@@ -10,7 +10,6 @@ import contextlib, os, sys, time
 from pathlib import Path
 from typing import Optional
 import typer
-import rg_tickets
 
 # %% ../nbs/41_cli.ipynb #69b31ea1
 app = typer.Typer(
@@ -26,7 +25,9 @@ app = typer.Typer(
 def _version(asked: bool):
     "Print the version and end"
     if asked:
-        typer.echo(f"rg_tickets {rg_tickets.__version__}")
+        from rg_tickets.basics import package_version
+
+        typer.echo(f"rg_tickets {package_version()}")
         raise typer.Exit()
 
 

@@ -25,8 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from matplotlib.figure import Figure
-import rg_tickets
-from .basics import replacing
+from .basics import package_version, replacing
 from .flows import Flow, exponents, plot_flow
 from .models.resnets import MODELS
 from .tickets import Ticket, TicketError
@@ -306,7 +305,7 @@ Weights to start training from, and which of them survive iterative magnitude pr
 
 ## Versions and licence
 
-Made with {_code(made)}; card written by rg_tickets {rg_tickets.__version__}. {_allowed(licence)}
+Made with {_code(made)}; card written by rg_tickets {package_version()}. {_allowed(licence)}
 """
 
 # %% ../nbs/35_hub.ipynb #5fc35279

@@ -12,8 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
 import torch
-import rg_tickets
-from .basics import as_float, as_int, generator, lookup, patch_to, seeded
+from rg_tickets.basics import (
+    as_float,
+    as_int,
+    generator,
+    lookup,
+    package_version,
+    patch_to,
+    seeded,
+)
 from rg_tickets.masks import (
     ALIVE,
     MaskHistory,
@@ -1029,7 +1036,7 @@ def _facts(task, network, choices, params, ticket, world):
     "What the results of a run depend on, as plain facts"
     inner, fingerprint = unwrap(network), task.fingerprint()
     device = next(iter(params.values())).device.type
-    versions = dict(rg_tickets=rg_tickets.__version__, torch=torch.__version__, device=device)
+    versions = dict(rg_tickets=package_version(), torch=torch.__version__, device=device)
     named = isinstance(choices.preset, str)
     about = dict(
         task=task.name,

@@ -11,7 +11,7 @@ import ast, contextlib, json, os, platform, re, subprocess, sys, threading
 from importlib import metadata
 from importlib.resources import as_file, files
 from pathlib import Path
-import rg_tickets
+from . import basics
 from .basics import alone, lookup, plain
 from .progress import watching
 
@@ -271,7 +271,7 @@ def _version(package):
 
 def commit():
     "Git commit of the package's source, ending in -dirty if files were changed; None for an installed copy"
-    git = ("git", "--no-optional-locks", "-C", str(Path(rg_tickets.__file__).parent))
+    git = ("git", "--no-optional-locks", "-C", str(Path(basics.__file__).parent))
     return (
         _told(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
         if _told(*git, "ls-files", "--error-unmatch", "__init__.py")

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -285,3 +286,31 @@ def test_a_network_with_a_raw_head_travels_without_it(tmp_path):
     )
     found = transfer(task(), other, ticket, 1, recipe=BRIEF, device="cpu")
     assert found["t"] == pytest.approx(ticket.history.time(1), abs=1e-6)
+
+
+BESIDE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from rg_tickets.basics import package_version
+from rg_tickets.imp import imp
+from rg_tickets.notebooks import experiments
+from rg_tickets.tasks.core import Task
+
+x = torch.randn(32, 4)
+loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+task = Task.from_loaders(loader, loader)
+rounds = list(imp(task, nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), rounds=1, device="cpu"))
+print(package_version(), len(rounds), "resnet_imp" in experiments())
+"""
+
+
+def test_a_script_runs_in_the_folder_that_holds_a_clone(tmp_path):
+    "There the clone's outer folder is imported under the package's name, and holds no version"
+    (tmp_path / "rg_tickets").mkdir()
+    (tmp_path / "script.py").write_text(BESIDE)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [version("rg_tickets"), "2", "True"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from types import FunctionType
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from . import notebooks, runs
 from .imp import CONTROLS
 from .rewind import PRUNE_TYPES, policy
@@ -372,6 +371,13 @@ def _hooked(network, mark):
             o.remove()
 
 # %% ../nbs/40c_plans.ipynb #2a86a0c0
+def _flop_counter():
+    "Counts matrix products within a block"
+    from torch.utils.flop_counter import FlopCounterMode  # its loading is for those that count
+
+    return FlopCounterMode(display=False)
+
+
 def _products(network, x):
     "(FLOPs of a forward pass, those of them in layers that read the batch itself)"
     names, first = {m: k for k, m in network.named_modules()}, []
@@ -380,7 +386,7 @@ def _products(network, x):
         if args and args[0] is x and not list(module.children()):
             first.append(f"{type(network).__name__}.{names[module]}")
 
-    with _hooked(network, mark), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _hooked(network, mark), torch.no_grad(), _flop_counter() as counter:
         network(x)
     counts = counter.get_flop_counts()
     return counter.get_total_flops(), sum(sum(counts[k].values()) for k in first)
@@ -459,7 +465,7 @@ def _fitting(spec, recipe, n, where):
     "The first step, with as many samples as fit: (samples, seconds, network, FLOPs)"
     while True:
         try:
-            with FlopCounterMode(display=False) as counter:
+            with _flop_counter() as counter:
                 took, network = _once(spec, recipe, n, where)
             return n, took, network, counter.get_total_flops()
         except torch.cuda.OutOfMemoryError:

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its parts are loaded when they are used: stats takes half a second
 
 from .basics import stream
 
@@ -26,8 +26,8 @@ def interval(
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), np.nan, np.nan, np.nan
-    mean, se = float(values.mean()), float(stats.sem(values))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * se
+    mean, se = float(values.mean()), float(scipy.stats.sem(values))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1)) * se
     return mean, se, mean - half, mean + half
 
 # %% ../nbs/00b_statistics.ipynb #c2730635
@@ -43,7 +43,7 @@ def welch(
             f"a difference with an interval needs at least 2 values on both sides, "
             f"not {len(a)} and {len(b)}"
         )
-    ends = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    ends = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
     se = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
     return float(a.mean() - b.mean()), float(se), float(ends.low), float(ends.high)
 
@@ -102,10 +102,12 @@ def non_inferiority(
     if len(d) < 2:
         raise ValueError(f"non-inferiority needs at least 2 differences, not {len(d)}")
     mean, se, *_ = interval(d)
-    low = mean - float(stats.t.ppf(level, len(d) - 1)) * se
+    low = mean - float(scipy.stats.t.ppf(level, len(d) - 1)) * se
     if se == 0:
         return NonInferiority(mean, low, margin, float(mean <= -margin))
-    return NonInferiority(mean, low, margin, float(stats.t.sf((mean + margin) / se, len(d) - 1)))
+    return NonInferiority(
+        mean, low, margin, float(scipy.stats.t.sf((mean + margin) / se, len(d) - 1))
+    )
 
 # %% ../nbs/00b_statistics.ipynb #be81aa28
 def orders_within(
@@ -149,7 +151,7 @@ def _centered(x, block):
 
 def _centered_ranks(x, block):
     "Ranks along the last axis, minus their mean in each block"
-    return _centered(stats.rankdata(x, axis=-1), block)
+    return _centered(scipy.stats.rankdata(x, axis=-1), block)
 
 
 def _residual(x, z, block):

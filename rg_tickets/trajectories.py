@@ -14,8 +14,7 @@ from itertools import combinations, product
 import numpy as np
 import pandas as pd
 import torch
-from scipy import special
-from scipy.optimize import linear_sum_assignment
+import scipy  # its parts are loaded when they are used
 
 from .basics import lookup, stream
 from .statistics import interval
@@ -129,7 +128,7 @@ def log_slopes(
         rows = [_over_runs(line["sigma"][:, i], level) for i in range(d)]
     else:
         slope, error = line["sigma"][0], line["fit_error"][0]
-        half = special.stdtrit(line["points"][0] - 2.0, (1 + level) / 2) * error
+        half = scipy.special.stdtrit(line["points"][0] - 2.0, (1 + level) / 2) * error
         rows = list(zip(slope, error, slope - half, slope + half))
     table = pd.DataFrame(rows, columns=["slope", "error", "low", "high"])
     rms = np.sqrt((line["rms"] ** 2).mean(0))
@@ -309,9 +308,11 @@ def _bootstrap(z, fit, values, n, seed):
     rng = np.random.default_rng(stream(seed, "dmd"))
     for pick in rng.integers(0, runs, (n, runs)):
         other = np.linalg.eigvals(fit(z[pick])[0])
-        found.append(other[linear_sum_assignment(abs(values[:, None] - other))[1]].real)
+        found.append(
+            other[scipy.optimize.linear_sum_assignment(abs(values[:, None] - other))[1]].real
+        )
     scatter = np.std(found, axis=0, ddof=1) * np.sqrt(runs / (runs - 1))
-    return special.stdtrit(runs - 1, 0.975) * scatter
+    return scipy.special.stdtrit(runs - 1, 0.975) * scatter
 
 # %% ../nbs/01a_trajectories.ipynb #c238e3e3
 @dataclass(eq=False)
@@ -364,7 +365,7 @@ class Dmd:
         other = lookup(which, {"diagonal": 1, "quadratic": 2, "timed": 3}, "map")
         gain = self.errors[:, other] - self.errors[:, 4]
         n = len(gain)
-        noise = special.stdtrit(n - 1, 0.95) * gain.std(ddof=1) / np.sqrt(n)
+        noise = scipy.special.stdtrit(n - 1, 0.95) * gain.std(ddof=1) / np.sqrt(n)
         return bool(gain.mean() > max(noise, 1e-9 * self.scale))
 
     @property
@@ -485,4 +486,4 @@ def spectrum_distance(
     whole = math.lcm(len(x), len(y))
     x, y = np.repeat(x, whole // len(x)), np.repeat(y, whole // len(y))
     cost = abs(x[:, None] - y)
-    return float(cost[linear_sum_assignment(cost)].mean())
+    return float(cost[scipy.optimize.linear_sum_assignment(cost)].mean())

@@ -323,11 +323,19 @@ QUICK = {("resnet_transfer", "paper"), ("bert_imp", "paper")}
     "name, scale",
     [pytest.param(n, s, marks=[] if (n, s) in QUICK else slow) for n in SCALES for s in SCALES[n]],
 )
-def test_a_plan_takes_seconds(name, scale, tell):
-    "Under 5 s on a core that does nothing else; a busy machine is granted twice as much"
+def test_every_scale_has_a_plan(name, scale, tell):
+    "How long it takes is told, not tested: machines differ, and 54_benchmarks compares"
     took, code, said = seconds("run", name, "--dry-run", f"scale={scale}")
-    tell(f"{name} {scale}: {took:.1f} s")
-    assert (code == 0 or "rg_tickets[bert]" in said) and took < 10
+    tell(f"{name} {scale}: {took:.1f} s of processor time")
+    assert code == 0 or "rg_tickets[bert]" in said
+
+
+def test_a_plan_waits_for_nothing_it_does_not_need():
+    "Half a second each, or seconds"
+    slow_ones = ["scipy.stats", "scipy.optimize", "sklearn", "transformers", "jupyter_client"]
+    code = f"import sys, rg_tickets.plans; print([m for m in {slow_ones} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

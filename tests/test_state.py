@@ -807,3 +807,58 @@ def test_a_large_frozen_parameter_is_compared_and_not_copied(monkeypatch):
         loss.teacher[0].weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"loss.teacher.0.weight \(Parameter\) changes"):
         Unsaved.of(mlp(), dict(loss=loss)).check(before, mlp())
+
+
+# Optimizers that a loss brings along
+
+
+class Adversary:
+    "A loss with a critic that is trained as it is called"
+
+    def __init__(self):
+        with seeded(0, "critic"):
+            self.critic = nn.Linear(3, 1)
+        self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=0.05)
+
+    def step(self, output):
+        score = self.critic(output.detach())
+        self.optimizer.zero_grad()
+        (score.pow(2).mean() - score.mean()).backward()
+        self.optimizer.step()
+
+    def __call__(self, output, target):
+        if output.requires_grad:
+            self.step(output)
+        return F.cross_entropy(output, target) + 0.1 * self.critic(output).mean()
+
+
+class Scheduled:
+    "A loss whose weight is a learning rate; the optimizer is held by the schedule only"
+
+    def __init__(self):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9)
+        self.schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+
+    def __call__(self, output, target):
+        optimizer = self.schedule.optimizer
+        (group,) = optimizer.param_groups
+        weight = group["params"][0]
+        if output.requires_grad:
+            weight.grad = torch.ones(1) / 100
+            optimizer.step()
+            self.schedule.step()
+        return F.cross_entropy(output, target) * (1 + group["lr"]) * weight.detach().abs().sum()
+
+
+@pytest.mark.parametrize("rewind", ["init", "3it"])
+@pytest.mark.parametrize("loss", [Adversary, Scheduled])
+def test_an_optimizer_in_a_loss_is_rewound_and_resumed(loss, rewind, tmp_path):
+    make = lambda: (mlp(), toy(loss()))
+    whole = run(*make(), folder=tmp_path / "whole", rewind=rewind)
+    again, _ = cut(make, tmp_path / "cut", (0, 4), (1, 4), rewind=rewind)
+    assert repr(again) == repr(whole)
+    ticket = Ticket.load(tmp_path / "whole" / "ticket.safetensors")
+    for d in ticket.history.died.values():
+        d.fill_(255)  # the same mask in both rounds, so the rounds must be the same
+    one, two = run(*make(), control="given", ticket=ticket, rounds=1, rewind=rewind)
+    assert (one.loss, one.metrics, one.tensors) == (two.loss, two.metrics, two.tensors)

@@ -181,6 +181,31 @@ class _Fixed(dict):
     "A table that cannot be written"
 
 
+_STATEFUL = torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler
+
+
+def _of_stateful(o):
+    "The places of an optimizer, a scheduler or a scaler: its state_dict, and what it steps"
+    inside = [p for g in getattr(o, "param_groups", []) for p in g["params"]]
+    more = {f"parameter {i}": p for i, p in enumerate(inside)}
+    if hasattr(o, "optimizer"):
+        more["optimizer"] = o.optimizer
+    return {"state_dict": (_StateDict(o), "state_dict")} | _all(more)
+
+
+class _StateDict:
+    "What an optimizer beside the network knows, as a table with one entry"
+
+    def __init__(self, o):
+        self.o = o
+
+    def __getitem__(self, k):
+        return self.o.state_dict()
+
+    def __setitem__(self, k, v):
+        self.o.load_state_dict(v)
+
+
 def _all(table, keys=None):
     "Every key of a table as a place"
     return {str(k): (table, k) for k in (table if keys is None else keys)}
@@ -251,6 +276,8 @@ def _of_object(o):
 # %% ../../nbs/12e_state.ipynb #0300f2c9
 def _places(o):
     "Name -> (table, key) of everything that an object refers to"
+    if isinstance(o, _STATEFUL):
+        return _of_stateful(o)
     if isinstance(o, types.FunctionType):
         return _of_function(o)
     if isinstance(o, type):
@@ -268,6 +295,8 @@ def _places(o):
 
 def _is_open(o):
     "May an object hold a state of training"
+    if isinstance(o, _STATEFUL):
+        return True
     if isinstance(o, (torch.Tensor, np.ndarray, Iterator, *GENERATORS, *_DESCRIBED)):
         return False
     if isinstance(o, type):
@@ -380,6 +409,9 @@ def _size(leaves):
 def _put(table, key, live, then):
     "Write a value into its place, within the list, array or tensor that is there if it fits"
     kind, tensors = type(live), _are_tensors(live, then)
+    if isinstance(table, _StateDict):
+        table[key] = _copy(then)
+        return None
     if tensors or kind is type(then) and kind in _MUTABLE:
         if tensors or kind is np.ndarray:
             if live.shape == then.shape and live.dtype == then.dtype:

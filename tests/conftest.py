@@ -1,6 +1,8 @@
 "Options, markers and surroundings of the whole suite"
 
+import contextlib
 import os
+import signal
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -39,6 +41,26 @@ def offline(monkeypatch):
 
     for name in ("create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, only_here(getattr(socket, name)))
+
+
+@pytest.fixture
+def ends():
+    "A block in which nothing may go on for ever: a minute of processor time stops it with an error"
+
+    @contextlib.contextmanager
+    def watched(seconds=60):
+        def stop(*_):
+            raise TimeoutError(f"it goes on after {seconds} s of processor time")
+
+        before = signal.signal(signal.SIGVTALRM, stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+
+    return watched if hasattr(signal, "setitimer") else contextlib.nullcontext
 
 
 @pytest.fixture

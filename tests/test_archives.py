@@ -1,6 +1,6 @@
 "What the notebooks `34_archives` and `34a_audit` do not tell: hand-made pickles, odd tensors, formats of old torch, memory, and an audit by brute force"
 
-import collections, math, os, pickle, sys, time, zipfile
+import collections, math, os, pickle, sys, zipfile
 import pytest, torch
 from torch import nn
 from torch.nn.utils import prune
@@ -682,25 +682,22 @@ def level(root, n, masks=None, weights=None):
 
 
 @pytest.mark.parametrize("number", ["300000000", "999999999999", "9" * 13, "9" * 200])
-def test_levels_far_apart_are_refused_at_once(number, tmp_path):
+def test_levels_far_apart_are_refused_at_once(number, tmp_path, ends):
     level(tmp_path, 0), level(tmp_path, number)
-    started = time.monotonic()
-    with pytest.raises(ArchiveError, match=str(tmp_path)) as e:
+    with ends(), pytest.raises(ArchiveError, match=str(tmp_path)) as e:
         read_run(tmp_path)
-    assert time.monotonic() - started < 2 and len(str(e.value)) < 1000
+    assert len(str(e.value)) < 1000
     assert "level_1, level_2, level_3" in str(e.value) or "no round reaches" in str(e.value)
 
 
 @pytest.mark.parametrize("layout", ["checkpoint-{}", "{}checkpoint.pth.tar", "weights_{}.pt"])
-def test_numbers_of_other_layouts_far_apart(layout, tmp_path):
+def test_numbers_of_other_layouts_far_apart(layout, tmp_path, ends):
     for n in (0, 10**11, "9" * 60):
         p = tmp_path / layout.format(n)
         p.mkdir() if layout == "checkpoint-{}" else torch.save({"w": torch.ones(2, 2)}, p)
         torch.save({"w": torch.ones(2, 2)}, tmp_path / f"mask_{n}.pt")
-    started = time.monotonic()
-    with pytest.raises(ArchiveError):
+    with ends(), pytest.raises(ArchiveError):
         read_run(tmp_path)
-    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(

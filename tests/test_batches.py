@@ -80,19 +80,19 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_file_is_refused_quickly(case, tmp_path, capsys, monkeypatch):
+def test_a_hostile_file_is_refused_quickly(case, tmp_path, capsys, monkeypatch, ends):
     monkeypatch.chdir(tmp_path)
     text = HOSTILE[case]
     Path("mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    began = time.monotonic()
-    code, out, lines = command(["study", "mine.yaml"], capsys, monkeypatch)
+    with ends():
+        code, out, lines = command(["study", "mine.yaml"], capsys, monkeypatch)
     assert (
         code == 2
         and len(lines) == 1
         and lines[0].startswith("rg-tickets: mine.yaml")
         and len(lines[0]) < 400
     ), lines
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"] and time.monotonic() - began < 20
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 def study(**step):

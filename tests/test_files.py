@@ -1,6 +1,6 @@
 "Files of torch.save read without being obeyed: what is found, and what hostile files cost"
 
-import io, os, pickle, struct, subprocess, sys, time, zipfile
+import io, os, pickle, struct, subprocess, sys, zipfile
 import pytest, torch
 from torch import nn
 from rg_tickets.files import (
@@ -140,16 +140,15 @@ PROGRAMS = {  # what each costs Python's own machine
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_hostile_programs_cost_nothing(program, tmp_path):
-    started = time.monotonic()
+def test_hostile_programs_cost_nothing(program, tmp_path, ends):
     for path in (as_zip(tmp_path / "a.pt", program), tmp_path / "b.pt"):
         if path.name == "b.pt":
             path.write_bytes(program)
         try:
-            assert find_tensors(TorchFile(path).content)[0] == {}
+            with ends():
+                assert find_tensors(TorchFile(path).content)[0] == {}
         except FileError as e:
             assert str(path) in str(e)
-    assert time.monotonic() - started < 10
 
 
 SETTER = """
@@ -173,15 +172,12 @@ def test_hostile_programs_fit_into_little_memory(tmp_path):
     assert done.stdout.count("refused") == len(PROGRAMS), done.stderr[-2000:]
 
 
-def test_keys_that_hash_alike_cost_nothing(tmp_path):
+def test_keys_that_hash_alike_cost_nothing(tmp_path, ends):
     "Whole numbers a multiple of 2^61 - 1 apart have one hash, and a dictionary of them is slow"
     keys = b"".join(pickle.dumps(k * (2**61 - 1), 2)[2:-1] + b"N" for k in range(1, 40_000))
-    started = time.monotonic()
-    assert (
-        find_tensors(TorchFile(as_zip(tmp_path / "a.pt", b"\x80\x02}(" + keys + b"u.")).content)[0]
-        == {}
-    )
-    assert time.monotonic() - started < 10
+    path = as_zip(tmp_path / "a.pt", b"\x80\x02}(" + keys + b"u.")
+    with ends():
+        assert find_tensors(TorchFile(path).content)[0] == {}
 
 
 def test_towers_of_modules(tmp_path):
@@ -197,13 +193,13 @@ def test_towers_of_modules(tmp_path):
         read(saved(long, tmp_path / "a.pt"))
 
 
-def test_dictionaries_of_dictionaries_are_looked_into_once(tmp_path):
+def test_dictionaries_of_dictionaries_are_looked_into_once(tmp_path, ends):
     inner = {f"k{i}": 1 for i in range(10)}
     for _ in range(3):
         inner = {f"k{i}": inner for i in range(3000)}
-    started = time.monotonic()
-    assert find_tensors(TorchFile(saved(inner, tmp_path / "a.pt")).content)[0] == {}
-    assert time.monotonic() - started < 5
+    path = saved(inner, tmp_path / "a.pt")
+    with ends():
+        assert find_tensors(TorchFile(path).content)[0] == {}
 
 
 def test_many_views_of_one_storage_are_bounded(tmp_path):

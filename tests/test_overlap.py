@@ -137,11 +137,8 @@ def test_null_of_tickets_needs_common_weights():
 
 
 @pytest.mark.slow
-def test_cost_of_85_million_weights():
-    import time
-
+def test_85_million_weights_are_no_work(ends):
     g = torch.Generator().manual_seed(0)
     masks = [{"w": torch.randint(0, 2, (10000, 8500), generator=g) > 0} for _ in range(3)]
-    began = time.process_time()
-    learned_overlap(*masks)
-    assert time.process_time() - began < 2
+    with ends():
+        assert abs(learned_overlap(*masks)) < 1e-3
